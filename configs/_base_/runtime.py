@@ -1,0 +1,17 @@
+# What every run shares: one config for a CPU, one GPU and many.
+default_scope = 'mmseg'
+env_cfg = dict(
+    cudnn_benchmark=True,
+    mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
+    dist_cfg=dict(backend='nccl'),
+)
+sync_bn = 'torch'  # BatchNorm becomes SyncBatchNorm where there are several processes, and only there
+log_processor = dict(by_epoch=False)
+log_level = 'INFO'
+custom_hooks = [dict(type='HostMemoryHook')]
+load_from = None
+resume = False
+
+vis_backends = [dict(type='LocalVisBackend'), dict(type='TensorboardVisBackend')]
+visualizer = dict(type='SegLocalVisualizer', vis_backends=vis_backends, name='visualizer')
+tta_model = dict(type='SegTTAModel')

@@ -1,0 +1,17 @@
+# VOLO-tiny + UPerNet on CamVid from random weights: 1 process x 8 images, 240 x 320 crops.
+from mmengine.config import read_base
+
+with read_base():
+    from ._base_.camvid import *
+    from ._base_.runtime import *
+    from ._base_.schedule_scratch import *
+    from ._base_.upernet import *
+
+from mmseg_volo import VOLO
+
+model.update(
+    data_preprocessor=dict(size=crop_size),
+    backbone=dict(type=VOLO, arch='tiny', img_size=crop_size, drop_path_rate=0.05),
+    decode_head=dict(in_channels=[64, 128, 128, 128], channels=64, num_classes=num_classes),
+    auxiliary_head=dict(in_channels=128, channels=64, num_classes=num_classes),
+)

@@ -1,0 +1,51 @@
+"""Are mmengine, mmcv and mmseg there, once each? Two families of distributions own these import names."""
+
+import warnings
+from contextlib import redirect_stdout
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from io import StringIO
+
+# import name -> (onedl's distribution, OpenMMLab's distributions)
+FAMILIES = {
+    'mmengine': ('onedl-mmengine', ('mmengine', 'mmengine-lite')),
+    'mmcv': ('onedl-mmcv', ('mmcv', 'mmcv-lite')),
+    'mmseg': ('onedl-mmsegmentation', ('mmsegmentation',)),
+}
+
+
+def why_not_usable() -> str | None:
+    """One sentence that says what to type where the mm packages are missing or installed over each other."""
+    for maintained, others in FAMILIES.values():
+        doubled = [name for name in others if _installed(name)]
+        if _installed(maintained) and doubled:
+            everything = ' '.join([n for m, o in FAMILIES.values() for n in (m, *o) if _installed(n)])
+            return (
+                f'{maintained} and {doubled[0]} are both installed and overwrite each other; type: '
+                f"pip uninstall -y {everything} && pip install 'mmseg-volo[onedl]'"
+            )
+    missing = [name for name in FAMILIES if find_spec(name) is None]
+    if missing:
+        return f"mmseg_volo needs {', '.join(missing)}, not installed here; type: pip install 'mmseg-volo[onedl]'"
+    return None
+
+
+def require_one_stack() -> None:
+    """Raise ``ImportError`` with that sentence, if there is one; else import the stack without its chatter."""
+    reason = why_not_usable()
+    if reason is not None:
+        raise ImportError(reason)
+    # mmcv warns of operators, and mmseg prints of a cloud service, that nothing here uses.
+    with warnings.catch_warnings(), redirect_stdout(StringIO()):
+        warnings.simplefilter('ignore')
+        for name in ('mmcv.cnn', 'mmseg.datasets', 'mmseg.models'):
+            import_module(name)
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        version(distribution)
+    except PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,8 @@
+"""The calls behind the tools."""
+
+from .config import Options, add_config_arguments
+from .infer import infer
+from .test import test
+from .train import train
+
+__all__ = ['Options', 'add_config_arguments', 'infer', 'test', 'train']

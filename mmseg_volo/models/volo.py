@@ -1,0 +1,312 @@
+"""VOLO as a segmentation backbone.
+
+Paper: https://arxiv.org/abs/2106.13112. Parameter names are those of the authors' state dict, so that their checkpoints
+load without a converter. Shape letters: ``ops/README.md``; here h, w are the rows and columns of whatever tokens flow.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from mmengine.model import BaseModule
+from mmseg.registry import MODELS
+from timm.layers import DropPath, Mlp, trunc_normal_
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import UserError
+from ..ops import outlook_attention
+from .weights import load_pretrained, pretrained_checkpoint, resize_pos_embed
+
+# Widths and heads are (stage 1, stages 2 to 4). d1 to d5: authors' repository, sail-sg/volo; tiny is ours.
+ARCHITECTURES = {
+    'tiny': dict(layers=(2, 2, 2, 1), embed_dims=(64, 128), num_heads=(2, 4), mlp_ratio=3, stem_channels=24),
+    'd1': dict(layers=(4, 4, 8, 2), embed_dims=(192, 384), num_heads=(6, 12), mlp_ratio=3, stem_channels=64),
+    'd2': dict(layers=(6, 4, 10, 4), embed_dims=(256, 512), num_heads=(8, 16), mlp_ratio=3, stem_channels=64),
+    'd3': dict(layers=(8, 8, 16, 4), embed_dims=(256, 512), num_heads=(8, 16), mlp_ratio=3, stem_channels=64),
+    'd4': dict(layers=(8, 8, 16, 4), embed_dims=(384, 768), num_heads=(12, 16), mlp_ratio=3, stem_channels=64),
+    'd5': dict(layers=(12, 12, 20, 4), embed_dims=(384, 768), num_heads=(12, 16), mlp_ratio=4, stem_channels=128),
+}
+STRIDES = (8, 16, 16, 16)
+DOWNSAMPLE = 1  # place in ``network``; the four stages stand at 0, 2, 3, 4
+MAX_CACHED_GRIDS = 8  # multi-scale testing uses 5 or 6 scales; whole-image testing on ADE20K never repeats a size
+
+
+class OutlookAttention(nn.Module):
+    """Attention over 3x3 neighbourhoods, predicted from the token at the centre of each (paper, section 3.1)."""
+
+    def __init__(self, dim: int, num_heads: int, kernel_size: int = 3, stride: int = 2):
+        super().__init__()
+        self.num_heads, self.kernel_size, self.stride = num_heads, kernel_size, stride
+        self.scale = (dim // num_heads) ** -0.5
+        self.v = nn.Linear(dim, dim, bias=False)
+        self.attn = nn.Linear(dim, num_heads * kernel_size**4)
+        self.proj = nn.Linear(dim, dim)
+        # The last row and column average what there is: a window per stride, rounded up.
+        self.pool = nn.AvgPool2d(stride, stride, ceil_mode=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, H, W, C]`` to the same."""
+        K = self.kernel_size**2
+        value = self.v(x)
+        centres = self.pool(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        logits = self.attn(centres).unflatten(-1, (self.num_heads, K, K))
+        x = outlook_attention(logits, value, kernel_size=self.kernel_size, stride=self.stride, scale=self.scale)
+        return self.proj(x)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all tokens."""
+
+    def __init__(self, dim: int, num_heads: int, attn_drop: float = 0.0):
+        super().__init__()
+        self.num_heads, self.attn_drop = num_heads, attn_drop
+        self.qkv = nn.Linear(dim, dim * 3, bias=False)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, h, w, C]`` to the same."""
+        B, h, w, C = x.shape
+        qkv = self.qkv(x).view(B, h * w, 3, self.num_heads, C // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # B, N, h * w, d
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
+        return self.proj(x.transpose(1, 2).reshape(B, h, w, C))
+
+
+class _Block(nn.Module):
+    """Pre-norm residual block: tokens mixed by ``attn``, channels by an MLP."""
+
+    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop_path: float = 0.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, h, w, C]`` to the same."""
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class Outlooker(_Block):
+    """Block of stage 1. No stochastic depth here, in the authors' code as in timm's, though the ramp counts it."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
+        super().__init__(dim, OutlookAttention(dim, num_heads), mlp_ratio)
+
+
+class Transformer(_Block):
+    """Block of stages 2 to 4."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, attn_drop: float, drop_path: float):
+        super().__init__(dim, Attention(dim, num_heads, attn_drop), mlp_ratio, drop_path)
+
+
+class PatchEmbed(nn.Module):
+    """Stem: three convolutions at stride 2, then 4x4 patches, stride 8 in all."""
+
+    def __init__(self, in_channels: int, hidden: int, dim: int):
+        super().__init__()
+        layers = []
+        for channels, kernel, stride in ((in_channels, 7, 2), (hidden, 3, 1), (hidden, 3, 1)):
+            layers += [nn.Conv2d(channels, hidden, kernel, stride, kernel // 2, bias=False)]
+            layers += [nn.BatchNorm2d(hidden), nn.ReLU(inplace=True)]
+        self.conv = nn.Sequential(*layers)
+        self.proj = nn.Conv2d(hidden, dim, kernel_size=4, stride=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, in_channels, H, W]`` to ``[B, H / 8, W / 8, C]``."""
+        return self.proj(self.conv(x)).permute(0, 2, 3, 1)
+
+
+class Downsample(nn.Module):
+    """2x2 patches between stage 1 and stage 2."""
+
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_dim, out_dim, kernel_size=2, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, h, w, in_dim]`` to ``[B, h / 2, w / 2, out_dim]``."""
+        return self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+@MODELS.register_module()
+class VOLO(BaseModule):
+    """Vision Outlooker backbone: one map per stage, for images of any size.
+
+    Paper: https://arxiv.org/abs/2106.13112. ``out_channels`` and ``out_strides`` describe the maps that come out.
+
+    Args:
+        arch: a key of ``ARCHITECTURES``, or a dict with the same keys as one of its rows.
+        img_size: image side, or (height, width), that the position embedding is stored for; other sizes are
+            interpolated bicubically at run time, which costs little. Best set to the training crop.
+        in_channels: image channels; weights for RGB are adapted when they are loaded.
+        out_indices: stages (0 to 3) whose output is returned; later stages are not built.
+        drop_path_rate: stochastic depth of the last block; earlier blocks get a linear share, stage 1 none.
+        drop_rate: dropout after the position embedding is added.
+        attn_drop_rate: dropout on the weights of the global attention. Outlook attention has none: softmax and
+            weighting are one operator there.
+        frozen_stages: -1 nothing, 0 the stem, n also stages 1 to n. Frozen parts are in eval mode. The output norms,
+            which no ImageNet checkpoint has, always train.
+        norm_eval: keep the BatchNorms of the stem in eval mode while training.
+        with_cp: recompute each block in the backward pass instead of storing its activations.
+        init_cfg: ``dict(type='Pretrained', checkpoint=...)``, see ``docs/weights.md``, or mmengine's initialisers.
+
+    Raises:
+        UserError: an argument is not one of its choices; the message lists them.
+    """
+
+    def __init__(
+        self,
+        arch: str | Mapping = 'd1',
+        img_size: int | Sequence[int] = 224,
+        in_channels: int = 3,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        drop_path_rate: float = 0.0,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        init_cfg: dict | list[dict] | None = None,
+    ):
+        super().__init__(init_cfg)
+        self.arch = arch if isinstance(arch, str) else 'custom'
+        row = architecture(arch)
+        layers, heads, mlp_ratio = row['layers'], row['num_heads'], row['mlp_ratio']
+        widths = (row['embed_dims'][0], *(row['embed_dims'][1],) * 3)
+
+        if (
+            not out_indices
+            or any(i not in range(4) for i in out_indices)
+            or list(out_indices) != sorted(set(out_indices))
+        ):
+            raise UserError(f'out_indices must be ascending numbers from 0 to 3, got {tuple(out_indices)}')
+        if frozen_stages not in range(-1, 5):
+            raise UserError(f'frozen_stages must lie between -1 and 4, got {frozen_stages}')
+        self.out_indices = tuple(out_indices)
+        self.out_channels = [widths[i] for i in out_indices]
+        self.out_strides = [STRIDES[i] for i in out_indices]
+        self.frozen_stages, self.norm_eval, self.with_cp = frozen_stages, norm_eval, with_cp
+
+        self.patch_embed = PatchEmbed(in_channels, row['stem_channels'], widths[0])
+        self.network = nn.ModuleList(
+            [nn.Sequential(*[Outlooker(widths[0], heads[0], mlp_ratio) for _ in range(layers[0])])]
+        )
+        ramp = [drop_path_rate * i / (sum(layers) - 1) for i in range(sum(layers))]
+        if out_indices[-1] > 0:
+            height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+            self.pos_embed = nn.Parameter(torch.zeros(1, -(-height // 16), -(-width // 16), widths[1]))
+            self.pos_drop = nn.Dropout(drop_rate)
+            self.network.append(Downsample(widths[0], widths[1]))
+        for stage in range(1, out_indices[-1] + 1):
+            start = sum(layers[:stage])
+            blocks = [
+                Transformer(widths[1], heads[1], mlp_ratio, attn_drop_rate, ramp[i])
+                for i in range(start, start + layers[stage])
+            ]
+            self.network.append(nn.Sequential(*blocks))
+        for i in out_indices:  # pre-norm blocks leave the residual stream unnormalised
+            self.add_module(f'norm{i}', nn.LayerNorm(widths[i]))
+
+        self._resized_pos_embed: dict[tuple, Tensor] = {}
+        self.apply(_init_linear)
+        if out_indices[-1] > 0:
+            trunc_normal_(self.pos_embed, std=0.02)
+        self._freeze()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Image ``[B, in_channels, H, W]`` to maps ``[B, C, ceil(H / stride), ceil(W / stride)]``, finest first."""
+        H, W = x.shape[-2:]
+        x = F.pad(x, (0, -W % 16, 0, -H % 16))  # outlook pooling rounds up, convolutions round down
+        x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
+        outputs = []
+        for i, module in enumerate(self.network):
+            if i == DOWNSAMPLE:
+                x = module(x)
+                x = self.pos_drop(x + self._pos_embed_for(x.shape[1], x.shape[2]))
+                continue
+            for block in module:
+                x = checkpoint(block, x, use_reentrant=False) if self.with_cp and torch.is_grad_enabled() else block(x)
+            stage = max(i - 1, 0)
+            if stage in self.out_indices:
+                y = getattr(self, f'norm{stage}')(x)[:, : -(-H // STRIDES[stage]), : -(-W // STRIDES[stage])]
+                outputs.append(y.permute(0, 3, 1, 2))
+        return tuple(outputs)
+
+    def _pos_embed_for(self, h: int, w: int) -> Tensor:
+        """Position embedding for h x w tokens, resized at most once per grid while the weights stand still."""
+        if self.pos_embed.shape[1:3] == (h, w):
+            return self.pos_embed
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and self.pos_embed.requires_grad):
+            return resize_pos_embed(self.pos_embed, (h, w))
+        key = (h, w, self.pos_embed._version, torch.is_inference_mode_enabled())
+        if key not in self._resized_pos_embed:
+            while len(self._resized_pos_embed) >= MAX_CACHED_GRIDS:
+                self._resized_pos_embed.pop(next(iter(self._resized_pos_embed)))
+            self._resized_pos_embed[key] = resize_pos_embed(self.pos_embed, (h, w))
+        return self._resized_pos_embed[key]
+
+    def init_weights(self) -> None:
+        """Load ``init_cfg``'s checkpoint, tensors only and strictly, or run mmengine's initialisers."""
+        source = pretrained_checkpoint(self.init_cfg)
+        if source is None:
+            super().init_weights()
+        else:
+            load_pretrained(self, source, ARCHITECTURES)
+            self._is_init = True
+
+    def train(self, mode: bool = True) -> 'VOLO':
+        """Set the mode; what is frozen stays in eval mode."""
+        super().train(mode)
+        # mmengine's EMA swaps weights through ``.data``, which no version counter sees, and then calls eval().
+        self._resized_pos_embed.clear()
+        if mode:
+            for module in self._frozen_modules():
+                module.eval()
+            if self.norm_eval:
+                for module in self.patch_embed.modules():
+                    if isinstance(module, _BatchNorm):
+                        module.eval()
+        return self
+
+    def _apply(self, fn, recurse: bool = True) -> 'VOLO':
+        self._resized_pos_embed.clear()  # device or dtype may change
+        return super()._apply(fn, recurse)
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        modules = [self.patch_embed] if self.frozen_stages >= 0 else []
+        return modules + list(self.network[: self.frozen_stages + 1 if self.frozen_stages >= 1 else 0])
+
+    def _freeze(self) -> None:
+        for module in self._frozen_modules():
+            module.requires_grad_(False)
+        if self.frozen_stages >= 2 and hasattr(self, 'pos_embed'):
+            self.pos_embed.requires_grad_(False)
+
+
+def architecture(arch: str | Mapping) -> Mapping:
+    """Row of numbers for ``arch``; raises ``UserError`` naming the choices."""
+    if isinstance(arch, str):
+        if arch not in ARCHITECTURES:
+            raise UserError(f'arch must be one of {sorted(ARCHITECTURES)} or a dict, got {arch!r}')
+        return ARCHITECTURES[arch]
+    keys = set(ARCHITECTURES['d1'])
+    if set(arch) != keys:
+        raise UserError(f'an arch dict must have exactly the keys {sorted(keys)}, got {sorted(arch)}')
+    if len(arch['layers']) != 4 or len(arch['embed_dims']) != 2 or len(arch['num_heads']) != 2:
+        raise UserError(f'an arch dict needs 4 layers, 2 embed_dims and 2 num_heads, got {dict(arch)}')
+    if any(dim % heads for dim, heads in zip(arch['embed_dims'], arch['num_heads'], strict=True)):
+        raise UserError(f'embed_dims must be multiples of num_heads, got {arch["embed_dims"]} and {arch["num_heads"]}')
+    return arch
+
+
+def _init_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
