@@ -7,7 +7,7 @@ require_one_stack()  # before the imports below run into what it explains
 from ._version import __version__  # noqa: E402
 from .datasets import CamVidDataset  # noqa: E402
 from .engine import HostMemoryHook, SideBySideHook, VOLOLayerDecayConstructor  # noqa: E402
-from .models import ARCHITECTURES, VOLO, VOLOPyramid  # noqa: E402
+from .models import ARCHITECTURES, VOLO  # noqa: E402
 
 __all__ = [
     'ARCHITECTURES',
@@ -16,6 +16,5 @@ __all__ = [
     'HostMemoryHook',
     'SideBySideHook',
     'VOLOLayerDecayConstructor',
-    'VOLOPyramid',
     '__version__',
 ]

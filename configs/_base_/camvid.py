@@ -2,6 +2,8 @@
 data_root = 'data/camvid'
 crop_size = (240, 320)
 num_classes = 11
+# 1 / log(1.02 + share of training pixels), mean 1 over pixels (ENet, arXiv 1606.02147): five classes are below 2 %.
+class_weight = [0.80, 0.61, 4.79, 0.48, 2.21, 1.25, 4.50, 4.57, 1.83, 5.43, 6.27]
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),

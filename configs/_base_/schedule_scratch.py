@@ -1,5 +1,5 @@
 # From random weights on small data, for CPUs: one cosine, no weight decay on norms and position embedding.
-max_iters = 2400
+max_iters = 2000
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05),

@@ -10,6 +10,12 @@ model = dict(
         pad_val=0,
         seg_pad_val=255,
     ),
+    neck=dict(  # strides 8, 16, 16, 16 to 4, 8, 16, 32
+        type='MultiLevelNeck',
+        scales=[2, 2, 1, 0.5],
+        norm_cfg=norm_cfg,
+        act_cfg=dict(type='ReLU'),
+    ),
     decode_head=dict(
         type='UPerHead',
         in_index=[0, 1, 2, 3],

@@ -1,13 +1,11 @@
 """Training, one call."""
 
-from pathlib import Path
-
 import torch
 from mmengine.config import Config
-from mmengine.runner import Runner
+from mmengine.runner import Runner, find_latest_checkpoint
 
 from ..errors import UserError
-from ..models.weights import read_checkpoint
+from ..models.weights import local_copy, read_checkpoint
 from .config import check_data, load_config, set_work_dir
 
 
@@ -40,19 +38,20 @@ def train(
         if 'auto_scale_lr' not in cfg:
             raise UserError(f'--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in {config}')
         cfg.auto_scale_lr.enable = True
-    cfg.resume = resume is not None
-    if resume not in (None, 'auto'):
-        cfg.load_from = resume
-    if cfg.get('load_from'):
-        read_checkpoint(cfg.load_from)  # mmengine's own loader runs whatever code a file asks it to
     _check_batch(cfg)
     check_data(cfg, ('train', 'val'))
     set_work_dir(cfg, config, work_dir)
+    cfg.resume = resume is not None
+    if resume is not None:
+        cfg.load_from = find_latest_checkpoint(cfg.work_dir) if resume == 'auto' else resume
+    if cfg.get('load_from'):
+        cfg.load_from = local_copy(cfg.load_from)
+        read_checkpoint(cfg.load_from)  # mmengine's own loader runs whatever code a file asks it to
     runner = Runner.from_cfg(cfg)
     runner.train()
-    best = runner.message_hub.get_info('best_ckpt') if 'best_ckpt' in runner.message_hub.runtime_info else None
+    best = runner.message_hub.runtime_info.get('best_ckpt')
     if best:
-        runner.logger.info(f'best checkpoint: {Path(best)}')
+        runner.logger.info(f'best checkpoint: {best}')
     return runner
 
 

@@ -4,7 +4,7 @@ import re
 
 from mmengine.dist import is_main_process
 from mmengine.logging import print_log
-from mmengine.optim import DefaultOptimWrapperConstructor
+from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from mmseg.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from prettytable import PrettyTable
 from torch import nn
@@ -25,15 +25,22 @@ class VOLOLayerDecayConstructor(DefaultOptimWrapperConstructor):
         paramwise_cfg: ``dict(decay_rate=...)``, between 0 and 1.
     """
 
+    def __call__(self, model: nn.Module) -> OptimWrapper:
+        """Build the optimizer; raises ``UserError`` where mmengine would go on without layers."""
+        rate = self.paramwise_cfg.get('decay_rate')
+        if set(self.paramwise_cfg) != {'decay_rate'} or not isinstance(rate, (int, float)) or not 0 < rate <= 1:
+            raise UserError(
+                f'VOLOLayerDecayConstructor takes paramwise_cfg=dict(decay_rate=0 to 1), got {self.paramwise_cfg}'
+            )
+        if self.base_lr is None or self.base_wd is None:
+            raise UserError(f'VOLOLayerDecayConstructor needs lr and weight_decay, got optimizer={self.optimizer_cfg}')
+        return super().__call__(model)
+
     def add_params(self, params: list[dict], module: nn.Module, **kwargs) -> None:
         """Append one group per layer and kind to ``params``, and log them as one table."""
         if not isinstance(getattr(module, 'backbone', None), VOLO):
             raise UserError(f'VOLOLayerDecayConstructor needs a VOLO backbone, got {type(module).__name__}')
-        rate = self.paramwise_cfg.get('decay_rate')
-        if set(self.paramwise_cfg) != {'decay_rate'} or not 0 < rate <= 1:
-            raise UserError(
-                f'VOLOLayerDecayConstructor takes paramwise_cfg=dict(decay_rate=0 to 1), got {self.paramwise_cfg}'
-            )
+        rate = self.paramwise_cfg['decay_rate']
         blocks = [len(stage) for i, stage in enumerate(module.backbone.network) if i != DOWNSAMPLE]
         last = sum(blocks) + 1
         groups: dict[tuple[int, bool], dict] = {}

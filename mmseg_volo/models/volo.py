@@ -200,7 +200,7 @@ class VOLO(BaseModule):
         ramp = [drop_path_rate * i / (sum(layers) - 1) for i in range(sum(layers))]
         if out_indices[-1] > 0:
             height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-            self.pos_embed = nn.Parameter(torch.zeros(1, -(-height // 16), -(-width // 16), widths[1]))
+            self.pos_embed = nn.Parameter(torch.zeros(1, _ceil_div(height, 16), _ceil_div(width, 16), widths[1]))
             self.pos_drop = nn.Dropout(drop_rate)
             self.network.append(Downsample(widths[0], widths[1]))
         for stage in range(1, out_indices[-1] + 1):
@@ -222,7 +222,8 @@ class VOLO(BaseModule):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Image ``[B, in_channels, H, W]`` to maps ``[B, C, ceil(H / stride), ceil(W / stride)]``, finest first."""
         H, W = x.shape[-2:]
-        x = F.pad(x, (0, -W % 16, 0, -H % 16))  # outlook pooling rounds up, convolutions round down
+        # Outlook pooling rounds up, convolutions round down: only multiples of 16 suit both.
+        x = F.pad(x, (0, _ceil_div(W, 16) * 16 - W, 0, _ceil_div(H, 16) * 16 - H))
         x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
         outputs = []
         for i, module in enumerate(self.network):
@@ -234,7 +235,7 @@ class VOLO(BaseModule):
                 x = checkpoint(block, x, use_reentrant=False) if self.with_cp and torch.is_grad_enabled() else block(x)
             stage = max(i - 1, 0)
             if stage in self.out_indices:
-                y = getattr(self, f'norm{stage}')(x)[:, : -(-H // STRIDES[stage]), : -(-W // STRIDES[stage])]
+                y = getattr(self, f'norm{stage}')(x)[:, : _ceil_div(H, STRIDES[stage]), : _ceil_div(W, STRIDES[stage])]
                 outputs.append(y.permute(0, 3, 1, 2))
         return tuple(outputs)
 
@@ -303,6 +304,10 @@ def architecture(arch: str | Mapping) -> Mapping:
     if any(dim % heads for dim, heads in zip(arch['embed_dims'], arch['num_heads'], strict=True)):
         raise UserError(f'embed_dims must be multiples of num_heads, got {arch["embed_dims"]} and {arch["num_heads"]}')
     return arch
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return (a + b - 1) // b  # -(-a // b) breaks torch.compile's symbolic shapes (torch 2.11)
 
 
 def _init_linear(module: nn.Module) -> None:

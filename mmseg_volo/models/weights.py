@@ -1,8 +1,10 @@
 """Checkpoints into VOLO: tensors only, and every tensor accounted for."""
 
 import argparse
+import hashlib
 import re
 from collections.abc import Mapping
+from http.client import HTTPException
 from pathlib import Path
 from pickle import UnpicklingError
 from urllib.parse import urlparse
@@ -31,7 +33,13 @@ def resize_pos_embed(pos_embed: Tensor, size: tuple[int, int]) -> Tensor:
 
 def pretrained_checkpoint(init_cfg: dict | list[dict] | None) -> str | None:
     """Checkpoint that an ``init_cfg`` of type Pretrained names, else None; raises ``UserError`` on keys it ignores."""
-    if not isinstance(init_cfg, dict) or init_cfg.get('type') not in ('Pretrained', PretrainedInit):
+    if isinstance(init_cfg, list):
+        named = [cfg for cfg in init_cfg if pretrained_checkpoint(cfg) is not None]
+        if named and len(init_cfg) > 1:  # mmengine's own loader would run whatever code the file asks it to
+            raise UserError(f'VOLO reads a Pretrained init_cfg alone, got it in a list of {len(init_cfg)}')
+        return pretrained_checkpoint(named[0]) if named else None
+    kind = init_cfg.get('type') if isinstance(init_cfg, dict) else None
+    if kind is not PretrainedInit and str(kind).split('.')[-1] != 'Pretrained':  # 'mmengine.Pretrained' too
         return None
     extra = set(init_cfg) - {'type', 'checkpoint'}
     if extra or 'checkpoint' not in init_cfg:
@@ -54,16 +62,17 @@ def load_pretrained(model: nn.Module, source: str, architectures: Mapping[str, M
     own = model.state_dict()
     dropped = [key for key in state if CLASSIFIER.fullmatch(key)]
     state = {key: tensor for key, tensor in state.items() if key not in dropped}
+    whose = _whose(state, model.arch, architectures)
     unbuilt = {key for key in state if _is_beyond(key, model.out_indices[-1])}
     state = {key: tensor for key, tensor in state.items() if key not in unbuilt}
 
     changes = []
-    if 'pos_embed' in own and 'pos_embed' in state and state['pos_embed'].dim() == 4:
+    if 'pos_embed' in own and 'pos_embed' in state and state['pos_embed'].dim() == 4 and state['pos_embed'].numel():
         old, new = state['pos_embed'].shape[1:3], own['pos_embed'].shape[1:3]
         if old != new:
             state['pos_embed'] = resize_pos_embed(state['pos_embed'], tuple(new))
             changes.append(f'pos_embed resized from {old[0]}x{old[1]} to {new[0]}x{new[1]}')
-    if STEM in state and state[STEM].shape[1] == 3 != own[STEM].shape[1]:
+    if STEM in state and state[STEM].dim() == 4 and state[STEM].shape[1] == 3 != own[STEM].shape[1]:
         state[STEM] = adapt_input_conv(own[STEM].shape[1], state[STEM])
         changes.append(f'stem adapted from 3 to {own[STEM].shape[1]} channels')
 
@@ -71,10 +80,7 @@ def load_pretrained(model: nn.Module, source: str, architectures: Mapping[str, M
     new = norms if norms.isdisjoint(state) else set()  # ImageNet classifiers have no output norms
     problems = _differences(own, state, allowed_missing=new)
     if problems:
-        raise UserError(
-            f'{source} does not fit VOLO arch={model.arch!r}{_whose(state, model.arch, architectures)}: '
-            + '; '.join(problems)
-        )
+        raise UserError(f'{source} does not fit VOLO arch={model.arch!r}{whose}: ' + '; '.join(problems))
 
     model.load_state_dict(state, strict=False)
     if dropped or unbuilt:
@@ -95,7 +101,7 @@ def load_segmentor(model: nn.Module, source: str) -> dict:
         UserError: unreadable, unsafe, or any tensor missing, unexpected or of another shape.
     """
     contents = read_checkpoint(source)
-    state = {key.removeprefix('module.'): value for key, value in contents.get('state_dict', contents).items()}
+    state = _tensors(contents['state_dict'] if isinstance(contents.get('state_dict'), Mapping) else contents)
     own = model.state_dict()
     problems = _differences(own, state)
     if problems:
@@ -113,26 +119,32 @@ def read_checkpoint(source: str) -> dict:
     Raises:
         UserError: missing, truncated, unreachable, or holding more than tensors and plain data.
     """
-    path = Path(_local_copy(str(source))).expanduser()
+    path = Path(local_copy(str(source))).expanduser()
     if not path.is_file():
         raise UserError(f'checkpoint not found: {source}; docs/weights.md lists where weights come from')
+    name = f'{source}, kept as {path},' if '://' in str(source) else source
     try:
         if path.suffix == '.safetensors':
             from safetensors.torch import load_file
 
             return load_file(path)
-        with torch.serialization.safe_globals(_plain_data()):
+        with path.open('rb') as file:
+            start = file.read(16)
+        if not start.startswith((b'PK', b'\x80')):  # neither a zip archive nor a pickle
+            raise ValueError(f'it starts with {start!r}')
+        known = torch.serialization.get_safe_globals()  # leaving the context takes out what went in
+        with torch.serialization.safe_globals([item for item in _plain_data() if item not in known]):
             contents = torch.load(path, map_location='cpu', weights_only=True)
     except UnpicklingError as error:
         if 'weights_only' not in str(error).lower() and 'Unsupported' not in str(error):
-            raise UserError(f'{source} is not a checkpoint or is damaged ({_first_line(error)})') from None
+            raise UserError(f'{name} is not a checkpoint or is damaged ({_first_sentence(error)})') from None
         blamed = re.search(r'(?:GLOBAL|class) ([\w.]+)', str(error))
         raise UserError(
-            f'{source} is refused: it asks to run {blamed[1] if blamed else "code"}, and only tensors are read; '
-            'ask its author for a .safetensors file'
+            f'{name} is refused: it {f"asks to run {blamed[1]}" if blamed else "holds more than tensors"}, '
+            'and only tensors are read; ask its author for a .safetensors file'
         ) from None
     except Exception as error:  # torch and safetensors raise a dozen kinds for a damaged file
-        raise UserError(f'{source} is not a checkpoint or is damaged ({_first_line(error)})') from None
+        raise UserError(f'{name} is not a checkpoint or is damaged ({_first_sentence(error)})') from None
     if not isinstance(contents, Mapping):
         raise UserError(f'{source} holds a {type(contents).__name__}, not a state dict')
     return dict(contents)
@@ -142,7 +154,7 @@ def _plain_data() -> list:
     """Types beside tensors that checkpoints of mmengine and timm hold; none of them can run code."""
 
     def history_buffer_method(owner, name):
-        if owner is HistoryBuffer or isinstance(owner, HistoryBuffer):
+        if (owner is HistoryBuffer or isinstance(owner, HistoryBuffer)) and not name.startswith('_'):
             return getattr(owner, name)
         raise UnpicklingError(f'Unsupported getattr({owner!r}, {name!r})')
 
@@ -162,27 +174,35 @@ def _plain_data() -> list:
     ]
 
 
-def _local_copy(source: str) -> str:
-    """Path of ``source`` on this machine, downloaded into torch's or huggingface_hub's cache where needed."""
+def local_copy(source: str) -> str:
+    """Path of ``source`` on this machine, downloaded into torch's or huggingface_hub's cache where needed.
+
+    Raises:
+        UserError: ``timm://`` or http(s) that cannot be had; a path is passed on as it is.
+    """
     if source.startswith('timm://'):
         return _from_timm(source.removeprefix('timm://'))
     if not source.startswith(('http://', 'https://')):
         return source
     folder = Path(torch.hub.get_dir()) / 'checkpoints'
-    path = folder / Path(urlparse(source).path).name
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
+    try:
+        # With a hash, because every file on the Hugging Face hub is called model.safetensors.
+        path = folder / f'{hashlib.sha256(source.encode()).hexdigest()[:8]}-{Path(urlparse(source).path).name}'
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(source, str(path))  # to a temporary name, then renamed
-        except OSError as error:
-            raise UserError(f'cannot download {source} ({error}); fetch it by hand and give its path') from None
+    except (OSError, HTTPException, ValueError) as error:  # ValueError: no URL
+        raise UserError(f'cannot download {source} ({error}); fetch it by hand and give its path') from None
     return str(path)
 
 
 def _from_timm(name: str) -> str:
     from huggingface_hub import hf_hub_download
 
-    cfg = get_pretrained_cfg(name) if name.startswith('volo_') else None
+    try:
+        cfg = get_pretrained_cfg(name) if name.startswith('volo_') else None
+    except RuntimeError:  # the model is known, the tag is not
+        cfg = None
     if cfg is None or not cfg.hf_hub_id:
         raise UserError(f'timm has no VOLO weights named {name!r}; it has {", ".join(list_pretrained("volo_*"))}')
     repo = cfg.hf_hub_id if not cfg.hf_hub_id.endswith('/') else f'{cfg.hf_hub_id}{cfg.architecture}.{cfg.tag}'
@@ -190,7 +210,7 @@ def _from_timm(name: str) -> str:
         return hf_hub_download(repo, 'model.safetensors')
     except Exception as error:  # offline, proxy, hub down: huggingface_hub raises many kinds
         raise UserError(
-            f'cannot get timm://{name} from the Hugging Face hub ({_first_line(error)}); '
+            f'cannot get timm://{name} from the Hugging Face hub ({_first_sentence(error)}); '
             'without a network, download it elsewhere (docs/weights.md) and give its path'
         ) from None
 
@@ -201,7 +221,7 @@ def _backbone_tensors(contents: Mapping, source: str) -> dict[str, Tensor]:
         if isinstance(contents.get(key), Mapping):
             contents = contents[key]
             break
-    state = {key.removeprefix('module.'): value for key, value in contents.items() if isinstance(value, Tensor)}
+    state = _tensors(contents)
     if any(key.startswith('backbone.') for key in state):
         state = {key.removeprefix('backbone.'): value for key, value in state.items() if key.startswith('backbone.')}
     if not state:
@@ -209,12 +229,20 @@ def _backbone_tensors(contents: Mapping, source: str) -> dict[str, Tensor]:
     return state
 
 
+def _tensors(contents: Mapping) -> dict[str, Tensor]:
+    return {
+        key.removeprefix('module.'): value
+        for key, value in contents.items()
+        if isinstance(key, str) and isinstance(value, Tensor)
+    }
+
+
 def _is_beyond(key: str, last_stage: int) -> bool:
     """Whether a tensor belongs to a stage after ``last_stage``, which the model does not build."""
     if last_stage == 0 and key == 'pos_embed':
         return True
     stage = re.match(r'network\.(\d+)\.', key)
-    return bool(stage) and int(stage[1]) > (last_stage + 1 if last_stage else 0)
+    return bool(stage) and (last_stage + 1 if last_stage else 0) < int(stage[1]) <= 4  # 4 is the last of any VOLO
 
 
 def _differences(own: Mapping, state: Mapping, allowed_missing: frozenset[str] | set[str] = frozenset()) -> list[str]:
@@ -245,5 +273,5 @@ def _whose(state: Mapping[str, Tensor], arch: str, architectures: Mapping[str, M
     return ''
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+def _first_sentence(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0].split('. ')[0]

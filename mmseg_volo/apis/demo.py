@@ -1,0 +1,40 @@
+"""The whole way at once, one call."""
+
+import time
+from pathlib import Path
+
+from ..datasets.toy_streets import make_toy_streets
+from .config import make_writable
+from .infer import infer
+from .test import test
+from .train import train
+
+TRAIN, VAL, SIZE, SHOWN = 400, 40, (256, 128), 8
+
+
+def demo(config: str, out_dir: str = 'demo') -> dict:
+    """Make toy streets, train ``config`` on them, measure it on unseen scenes and draw what it sees.
+
+    Args:
+        out_dir: gets ``toy_streets/``, ``work_dir/``, ``metrics.json``, ``side_by_side/``, ``vis/`` and ``pred/``.
+
+    Returns:
+        The metrics.
+    """
+    start = time.perf_counter()
+    out = make_writable(out_dir)
+    data = out / 'toy_streets'
+    make_toy_streets(data, train=TRAIN, val=VAL, size=SIZE)
+    common = dict(work_dir=str(out / 'work_dir'), cfg_options=dict(data_root=str(data)))
+    runner = train(config, seed=0, **common)
+    checkpoint = runner.message_hub.get_info('best_ckpt')
+    metrics = test(config, checkpoint, out=str(out), show_dir=str(out / 'side_by_side'), **common)
+    scenes = sorted(str(path) for path in Path(data, 'leftImg8bit/val').rglob('*.png'))
+    infer(config, checkpoint, scenes[:SHOWN], out_dir=str(out))
+    print(
+        f'mIoU {metrics["mIoU"]:.2f} on {VAL} unseen scenes after {(time.perf_counter() - start) / 60:.1f} minutes.\n'
+        f'  {out / "side_by_side"}: image, truth and prediction of each\n'
+        f'  {out / "vis"}: overlays with a legend\n'
+        f'  {checkpoint}: the model'
+    )
+    return metrics

@@ -1,0 +1,25 @@
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DATA = Path(os.environ.get('MMSEG_VOLO_DATA', ROOT / 'data'))
+
+
+def data_folder(name: str) -> Path:
+    """Folder of real data, or skip with the reason."""
+    folder = DATA / name
+    if not folder.is_dir():
+        pytest.skip(f'no real data at {folder}: set MMSEG_VOLO_DATA to the folder that holds {name} (docs/data.md)')
+    return folder
+
+
+@pytest.fixture(scope='session')
+def camvid() -> Path:
+    return data_folder('camvid')
+
+
+@pytest.fixture(scope='session')
+def ade20k() -> Path:
+    return data_folder('ade20k')

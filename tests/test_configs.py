@@ -1,0 +1,151 @@
+import copy
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
+from mmseg.registry import DATASETS, MODELS
+
+from mmseg_volo import VOLO
+
+CONFIGS = ROOT / 'configs'
+LEAVES = sorted(path.name for path in CONFIGS.glob('*.py'))
+BASES = sorted(path.stem for path in (CONFIGS / '_base_').glob('*.py'))
+GRID = [
+    f'volo_{arch}{head}_{dataset}.py'
+    for arch in ('d1', 'd2', 'd3', 'd4', 'd5')
+    for head in ('', '_segformer')
+    for dataset in ('cityscapes', 'ade20k')
+]
+
+
+def bases_of(leaf: str) -> list[str]:
+    return re.findall(r'^    from \._base_\.(\w+) import \*$', (CONFIGS / leaf).read_text(), re.MULTILINE)
+
+
+def load(leaf: str) -> Config:
+    return Config.fromfile(CONFIGS / leaf)
+
+
+def build(leaf: str) -> tuple[Config, torch.nn.Module]:
+    cfg = load(leaf)
+    init_default_scope('mmseg')
+    with torch.device('meta'):
+        return cfg, MODELS.build(copy.deepcopy(cfg.model))
+
+
+def upstream_types(node) -> list:
+    if isinstance(node, dict):
+        found = [node['type']] if 'type' in node else []
+        return found + [t for value in node.values() for t in upstream_types(value)]
+    if isinstance(node, list | tuple):
+        return [t for value in node for t in upstream_types(value)]
+    return []
+
+
+def test_the_promised_leaves_are_there():
+    assert set(GRID) <= set(LEAVES)
+    assert {'volo_tiny_toy_streets.py', 'volo_tiny_camvid.py', 'volo_d1_camvid.py'} <= set(LEAVES)
+
+
+def test_every_base_has_a_user():
+    assert BASES and sorted({base for leaf in LEAVES for base in bases_of(leaf)}) == BASES
+
+
+@pytest.mark.parametrize('leaf', LEAVES)
+def test_leaf_says_little_and_reads_one_base_of_each_kind(leaf):
+    text = (CONFIGS / leaf).read_text()
+    assert len(text.splitlines()) <= 40
+    assert leaf.removesuffix('.py').isidentifier()
+    assert re.match(r'# VOLO-\w+ \+ .*: \d+ (GPUs?|process(es)?) x \d+ images', text), (
+        'batch arithmetic in the first line'
+    )
+    bases = bases_of(leaf)
+    kinds = [
+        ['camvid', 'cityscapes', 'ade20k', 'toy_streets'],
+        ['upernet', 'segformer'],
+        [base for base in BASES if base.startswith('schedule_')],
+        ['runtime'],
+    ]
+    assert sorted(bases) == sorted(set(bases))
+    for kind in kinds:
+        assert len(set(bases) & set(kind)) == 1, kind
+    keys = [key for base in bases for key in Config.fromfile(CONFIGS / '_base_' / f'{base}.py')]
+    assert len(keys) == len(set(keys)), 'a key set by two bases'
+
+
+@pytest.mark.parametrize('leaf', LEAVES)
+def test_leaf_builds_and_its_parts_fit(leaf, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # loads from any directory
+    cfg, model = build(leaf)
+    backbone = model.backbone
+    assert isinstance(backbone, VOLO)
+    arch = leaf.split('_')[1].removesuffix('.py')
+    assert backbone.arch == arch
+    assert backbone.pos_embed.shape[1:3] == tuple(-(-side // 16) for side in cfg.crop_size)
+    if arch != 'tiny' and 'camvid' not in leaf:
+        assert re.fullmatch(rf'timm://volo_{arch}_\d+\.sail_in1k', backbone.init_cfg['checkpoint'])
+    assert list(model.decode_head.in_channels) == [cfg.model.neck.out_channels] * 4
+    assert backbone.out_channels == list(cfg.model.neck.in_channels)
+    assert [s / r for s, r in zip(backbone.out_strides, cfg.model.neck.scales, strict=True)] == [4, 8, 16, 32]
+    dataset = DATASETS.get(cfg.train_dataloader.dataset.type)
+    heads = [model.decode_head] + ([model.auxiliary_head] if model.with_auxiliary_head else [])
+    for head in heads:
+        assert head.num_classes == len(dataset.METAINFO['classes'])
+    assert model.data_preprocessor.size == tuple(cfg.crop_size)
+    images, per = map(int, re.match(r'.*: (\d+) \w+ x (\d+) images', (CONFIGS / leaf).read_text()).groups())
+    assert cfg.train_dataloader.batch_size == per
+    if 'auto_scale_lr' in cfg:
+        assert cfg.auto_scale_lr.base_batch_size == images * per and not cfg.auto_scale_lr.enable
+
+
+@pytest.mark.parametrize('leaf', LEAVES)
+def test_upstream_types_are_strings(leaf):
+    types = upstream_types(load(leaf)._cfg_dict)
+    assert len(types) > 20
+    ours = [t for t in types if not isinstance(t, str)]
+    assert all(t.__module__.startswith('mmseg_volo') for t in ours) and VOLO in ours
+
+
+@pytest.mark.parametrize('leaf', LEAVES)
+def test_test_setup_equals_validation(leaf):
+    cfg = load(leaf)
+    val, test = cfg.val_dataloader.to_dict(), cfg.test_dataloader.to_dict()
+    if 'camvid' in leaf:  # the one data set that has a labelled test split
+        assert test['dataset'].pop('data_prefix') != val['dataset'].pop('data_prefix')
+    assert val == test and cfg.val_evaluator == cfg.test_evaluator
+
+
+@pytest.mark.parametrize('leaf', ['volo_d1_ade20k.py', 'volo_d5_ade20k_layer_decay.py', 'volo_tiny_camvid.py'])
+def test_norms_and_position_embedding_are_not_decayed(leaf, tmp_path):
+    cfg = load(leaf)
+    cfg.model.backbone.update(arch='tiny', init_cfg=None)
+    cfg.model.neck.in_channels = [64, 128, 128, 128]
+    runner = Runner(cfg.model, work_dir=str(tmp_path), default_scope='mmseg', experiment_name=leaf + str(os.getpid()))
+    wrapper = runner.build_optim_wrapper(cfg.optim_wrapper)
+    decay = {id(p): group['weight_decay'] for group in wrapper.optimizer.param_groups for p in group['params']}
+    names = dict(runner.model.named_parameters())
+    assert set(decay) == {id(p) for p in names.values()}
+    norms = {
+        f'{name}.{kind}'
+        for name, module in runner.model.named_modules()
+        if isinstance(module, torch.nn.LayerNorm | torch.nn.modules.batchnorm._BatchNorm)
+        for kind in ('weight', 'bias')
+    }
+    assert 'backbone.patch_embed.conv.1.weight' in norms
+    for name, parameter in names.items():
+        if name in norms or name == 'backbone.pos_embed':
+            assert decay[id(parameter)] == 0, name
+        elif name.endswith('.weight'):
+            assert decay[id(parameter)] > 0, name
+
+
+def test_configs_are_found_where_the_readme_says():
+    readme = (ROOT / 'README.md').read_text()
+    for name in re.findall(r'configs/([\w.]+\.py)', readme):
+        assert (Path(CONFIGS) / name).is_file(), name

@@ -1,0 +1,325 @@
+import copy
+
+import pytest
+import timm
+import torch
+from mmengine.registry import init_default_scope
+from mmseg.registry import MODELS
+from parity import assert_close
+from torch import nn
+
+from mmseg_volo import ARCHITECTURES, VOLO
+from mmseg_volo.errors import UserError
+from mmseg_volo.models.weights import CLASSIFIER, resize_pos_embed
+
+PUBLISHED = ['d1', 'd2', 'd3', 'd4', 'd5']
+SMALL = dict(layers=(1, 1, 1, 1), embed_dims=(32, 48), num_heads=(1, 3), mlp_ratio=2, stem_channels=8)
+# Authors' repository, sail-sg/volo: parameters of the backbone without classifier, in millions.
+PARAMETERS = {'d1': 22.90, 'd2': 52.40, 'd3': 80.05, 'd4': 179.61, 'd5': 279.74}
+
+
+def without_output_norms(model: VOLO) -> VOLO:
+    for stage in model.out_indices:
+        setattr(model, f'norm{stage}', nn.Identity())
+    return model
+
+
+def timm_twin(arch: str, size: tuple[int, int], **kwargs) -> tuple[nn.Module, dict]:
+    """timm's model with a random position embedding, in float64, and its backbone tensors."""
+    model = timm.create_model(f'volo_{arch}_224', img_size=size, **kwargs).double().eval()
+    nn.init.normal_(model.pos_embed)
+    return model, {key: value for key, value in model.state_dict().items() if not CLASSIFIER.fullmatch(key)}
+
+
+@pytest.mark.parametrize('arch', PUBLISHED)
+def test_every_stage_equals_timms_at_native_size(arch):
+    torch.manual_seed(0)
+    theirs, state = timm_twin(arch, (224, 224))
+    ours = without_output_norms(VOLO(arch)).double().eval()
+    ours.load_state_dict(state)
+    x = torch.randn(1, 3, 224, 224, dtype=torch.float64)
+    with torch.inference_mode():
+        expected = theirs.forward_intermediates(x, intermediates_only=True)
+        actual = ours(x)
+    assert len(actual) == len(expected) == 4
+    for stage, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert_close(a, e, what=f'stage {stage}')
+
+
+@pytest.mark.parametrize('size', [(96, 160), (256, 512), (32, 32)], ids=str)
+def test_every_stage_equals_timms_at_other_sizes_with_the_same_resized_position_embedding(size):
+    torch.manual_seed(0)
+    _, state = timm_twin('d1', (224, 224))
+    theirs, _ = timm_twin('d1', size)
+    ours = without_output_norms(VOLO('d1')).double().eval()
+    ours.load_state_dict(state)
+    resized = resize_pos_embed(state['pos_embed'], (size[0] // 16, size[1] // 16))
+    theirs.load_state_dict({**state, 'pos_embed': resized}, strict=False)
+    x = torch.randn(1, 3, *size, dtype=torch.float64)
+    with torch.inference_mode():
+        for stage, (a, e) in enumerate(
+            zip(ours(x), theirs.forward_intermediates(x, intermediates_only=True), strict=True)
+        ):
+            assert_close(a, e, what=f'stage {stage}')
+
+
+def test_every_gradient_equals_timms():
+    torch.manual_seed(0)
+    theirs, state = timm_twin('d1', (64, 96))
+    ours = without_output_norms(VOLO('d1', img_size=(64, 96))).double()
+    ours.load_state_dict(state)
+    theirs.train(), ours.train()  # batch statistics in the stem
+    x = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    for model, outputs in ((ours, ours(x)), (theirs, theirs.forward_intermediates(x, intermediates_only=True))):
+        sum((y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)).sum() for y in outputs).backward()
+        del model
+    gradients = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        assert_close(parameter.grad, gradients[name].grad, what=name)
+
+
+@pytest.mark.parametrize('arch', PUBLISHED)
+def test_parameter_counts_are_the_published_ones(arch):
+    with torch.device('meta'):
+        model = without_output_norms(VOLO(arch))
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(PARAMETERS[arch], abs=0.006)
+
+
+def test_tiny_has_about_a_million_parameters():
+    assert 0.8e6 < sum(p.numel() for p in VOLO('tiny').parameters()) < 1.2e6
+
+
+@pytest.mark.parametrize('size', [(1, 1), (16, 16), (17, 33), (64, 64), (67, 71), (100, 250), (1024, 2048)], ids=str)
+def test_any_size_gives_levels_rounded_up(size):
+    model = VOLO('tiny').eval()
+    with torch.inference_mode():
+        outputs = model(torch.randn(1, 3, *size))
+    for y, channels, stride in zip(outputs, model.out_channels, model.out_strides, strict=True):
+        assert tuple(y.shape) == (1, channels, -(-size[0] // stride), -(-size[1] // stride))
+        assert torch.isfinite(y).all()
+
+
+def test_padding_leaves_the_features_of_an_aligned_image_alone():
+    model = VOLO('tiny', img_size=64).eval()
+    image = torch.randn(1, 3, 64, 64)
+    padded = nn.functional.pad(image[..., :60, :60], (0, 4, 0, 4))
+    with torch.inference_mode():
+        for cropped, whole in zip(model(image[..., :60, :60]), model(padded), strict=True):
+            assert torch.equal(cropped, whole[..., : cropped.shape[-2], : cropped.shape[-1]])
+
+
+@pytest.mark.parametrize('out_indices', [(0,), (1,), (0, 2), (3,), (0, 1, 2, 3)], ids=str)
+def test_out_indices_choose_levels_and_describe_them(out_indices):
+    torch.manual_seed(0)
+    whole = VOLO('tiny').eval()
+    part = VOLO('tiny', out_indices=out_indices).eval()
+    part.load_state_dict({k: v for k, v in whole.state_dict().items() if k in part.state_dict()})
+    x = torch.randn(1, 3, 64, 48)
+    outputs, expected = part(x), whole(x)
+    assert len(outputs) == len(part.out_channels) == len(part.out_strides) == len(out_indices)
+    for y, i, channels, stride in zip(outputs, out_indices, part.out_channels, part.out_strides, strict=True):
+        assert torch.equal(y, expected[i])
+        assert y.shape[1] == channels and y.shape[2] == 64 // stride
+    sum(y.sum() for y in outputs).backward()
+    assert [name for name, p in part.named_parameters() if p.grad is None] == []
+
+
+def test_every_output_is_layer_normalised():
+    model = VOLO('tiny').eval()
+    for y in model(torch.randn(2, 3, 64, 64) * 50):
+        assert torch.allclose(y.mean(1), torch.zeros(()), atol=1e-5)
+        assert torch.allclose(y.var(1, unbiased=False), torch.ones(()), atol=1e-2)
+
+
+@pytest.mark.parametrize('in_channels', [1, 3, 4])
+def test_in_channels(in_channels):
+    outputs = VOLO('tiny', in_channels=in_channels)(torch.randn(2, in_channels, 32, 32))
+    assert len(outputs) == 4
+
+
+def test_arch_may_be_a_dict_of_numbers():
+    model = VOLO(SMALL)
+    assert model.out_channels == [32, 48, 48, 48]
+    assert model(torch.randn(1, 3, 32, 32))[3].shape == (1, 48, 2, 2)
+
+
+# Position embedding
+
+
+def test_position_embedding_is_resized_once_per_grid():
+    model = VOLO('tiny', img_size=64).eval()
+    with torch.no_grad():
+        first = model._pos_embed_for(3, 5)
+        assert model._pos_embed_for(3, 5) is first
+        assert model._pos_embed_for(4, 4) is model.pos_embed
+        for rows in range(1, 30):
+            model._pos_embed_for(rows, 40)
+    assert len(model._resized_pos_embed) <= 8
+
+
+@pytest.mark.parametrize('change', ['in place', 'through .data, as an EMA swap does', 'load_state_dict', 'dtype'])
+def test_a_changed_position_embedding_is_resized_anew(change):
+    model = VOLO('tiny', img_size=64).eval()
+    x = torch.randn(1, 3, 48, 80)
+    with torch.no_grad():
+        model(x)
+        new = torch.randn_like(model.pos_embed)
+        if change == 'in place':
+            model.pos_embed.copy_(new)
+        elif change == 'load_state_dict':
+            model.load_state_dict({**model.state_dict(), 'pos_embed': new})
+        elif change == 'dtype':
+            model.double()
+            model.pos_embed.copy_(new)
+            x = x.double()
+        else:
+            model.pos_embed.data.copy_(new)
+            model.eval()
+        fresh = VOLO('tiny', img_size=64).to(x.dtype).eval()
+        fresh.load_state_dict(model.state_dict())
+        for a, e in zip(model(x), fresh(x), strict=True):
+            assert torch.equal(a, e)
+
+
+def test_position_embedding_learns_at_other_sizes_too():
+    model = VOLO('tiny', img_size=64)
+    model.eval()(torch.randn(2, 3, 48, 80))  # fills no cache that training could read
+    model.train()
+    sum(y.sum() for y in model(torch.randn(2, 3, 48, 80))).backward()
+    assert model.pos_embed.grad.abs().sum() > 0
+
+
+def test_inference_mode_and_no_grad_do_not_share_tensors():
+    model = VOLO('tiny', img_size=64, frozen_stages=2)
+    model.eval()
+    x = torch.randn(1, 3, 48, 80)
+    with torch.inference_mode():
+        expected = [y.clone() for y in model(x)]
+    outputs = model(x)  # frozen position embedding, gradients on: the cache is used again
+    sum(y.sum() for y in outputs).backward()
+    assert all(torch.equal(a, e) for a, e in zip(outputs, expected, strict=True))
+
+
+def test_amp_gives_finite_maps_close_to_float32():
+    torch.manual_seed(0)
+    model = VOLO('tiny', img_size=64).eval()
+    x = torch.randn(1, 3, 48, 80)
+    with torch.no_grad():
+        exact = model(x)
+        with torch.autocast('cpu', torch.bfloat16):
+            mixed = model(x)
+    for a, e in zip(mixed, exact, strict=True):
+        assert (a.float() - e).abs().max() < 0.15 and torch.isfinite(a).all()
+
+
+# Inductor of torch 2.11 fails on this model with a symbolic image size on a CPU: it gets one size, aot_eager several.
+@pytest.mark.parametrize(
+    ('options', 'sizes'),
+    [(dict(backend='aot_eager'), [(64, 64), (48, 80), (50, 33)]), (dict(dynamic=False), [(50, 33)])],
+    ids=['aot_eager', 'inductor'],
+)
+def test_compiled_equals_eager_in_maps_and_gradients(options, sizes):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = VOLO(SMALL, img_size=64, norm_eval=True).train()
+    compiled = torch.compile(model, fullgraph=True, **options)
+    for size in sizes:
+        x = torch.randn(2, 3, *size)
+        gradients = []
+        for run in (compiled, model):
+            model.zero_grad()
+            outputs = run(x)
+            sum(y.square().sum() for y in outputs).backward()
+            gradients.append((outputs, [p.grad.clone() for p in model.parameters()]))
+        for actual, expected in zip(*gradients, strict=True):
+            for a, e in zip(actual, expected, strict=True):
+                assert torch.allclose(a, e, rtol=1e-3, atol=1e-4 * e.abs().max().item())
+
+
+# Knobs
+
+
+def test_drop_path_ramps_over_all_blocks_but_skips_stage_one():
+    model = VOLO('d1', drop_path_rate=0.17)
+    rates = [[getattr(b.drop_path, 'drop_prob', 0.0) for b in model.network[i]] for i in (0, 2, 3, 4)]
+    assert rates[0] == [0.0] * 4
+    assert rates[1] + rates[2] + rates[3] == pytest.approx([0.01 * i for i in range(4, 18)])
+
+
+@pytest.mark.parametrize('knob', ['drop_path_rate', 'drop_rate', 'attn_drop_rate'])
+def test_dropout_acts_in_training_only(knob):
+    torch.manual_seed(0)
+    model = VOLO('tiny', norm_eval=True, **{knob: 0.5})
+    x = torch.randn(2, 3, 64, 64)
+    model.train()
+    assert not torch.equal(model(x)[3], model(x)[3])
+    model.eval()
+    assert torch.equal(model(x)[3], model(x)[3])
+
+
+@pytest.mark.parametrize('frozen_stages', [-1, 0, 1, 2, 3, 4])
+def test_frozen_stages_stand_still(frozen_stages):
+    model = VOLO('tiny', frozen_stages=frozen_stages, drop_rate=0.1).train()
+    sum(y.sum() for y in model(torch.randn(2, 3, 64, 64))).backward()
+    frozen = ['patch_embed'] if frozen_stages >= 0 else []
+    frozen += {1: ['network.0', 'network.1'], 2: ['network.2', 'pos_embed'], 3: ['network.3'], 4: ['network.4']}.get(
+        frozen_stages, []
+    )
+    for name, parameter in model.named_parameters():
+        last = 1 if name.startswith(('network.0', 'network.1')) else int(name[8]) if name.startswith('network') else 5
+        last = {'patch_embed': 0, 'pos_embed': 2}.get(name.split('.')[0], last)
+        assert (parameter.grad is None) == (last <= frozen_stages), name
+    assert model.patch_embed.conv[1].training == (frozen_stages < 0)
+    for prefix in frozen:
+        assert not any(p.requires_grad for n, p in model.named_parameters() if n.startswith(prefix))
+
+
+def test_norm_eval_keeps_the_running_statistics():
+    for norm_eval in (False, True):
+        model = VOLO('tiny', norm_eval=norm_eval).train()
+        before = copy.deepcopy(model.patch_embed.conv[1].running_mean)
+        model(torch.randn(2, 3, 32, 32))
+        assert torch.equal(before, model.patch_embed.conv[1].running_mean) == norm_eval
+
+
+def test_checkpointing_changes_memory_not_numbers():
+    torch.manual_seed(0)
+    plain = VOLO('tiny').double().train()
+    lean = copy.deepcopy(plain)
+    lean.with_cp = True
+    x = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    stored = {}
+    for model in (plain, lean):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
+            outputs = model(x)
+        stored[model is lean] = sum(sizes)
+        sum(y.square().sum() for y in outputs).backward()
+    assert stored[True] < 0.6 * stored[False]
+    for (name, a), (_, e) in zip(lean.named_parameters(), plain.named_parameters(), strict=True):
+        assert_close(a.grad, e.grad, what=name)
+
+
+def test_volo_is_registered_in_mmseg():
+    init_default_scope('mmseg')
+    model = MODELS.build(dict(type='VOLO', arch='tiny', out_indices=[1, 3]))
+    assert isinstance(model, VOLO) and model.out_indices == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (dict(arch='d9'), r"arch must be one of \['d1', .*'tiny'\] or a dict, got 'd9'"),
+        (dict(arch=dict(layers=(1, 1, 1, 1))), 'must have exactly the keys'),
+        (dict(arch={**ARCHITECTURES['tiny'], 'layers': (1, 2)}), 'needs 4 layers'),
+        (dict(arch={**ARCHITECTURES['tiny'], 'num_heads': (3, 4)}), 'multiples of num_heads'),
+        (dict(arch='tiny', out_indices=(0, 4)), r'out_indices .* got \(0, 4\)'),
+        (dict(arch='tiny', out_indices=()), 'out_indices'),
+        (dict(arch='tiny', out_indices=(2, 1)), 'ascending'),
+        (dict(arch='tiny', frozen_stages=5), 'frozen_stages must lie between -1 and 4, got 5'),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(arguments, message):
+    with pytest.raises(UserError, match=message) as caught:
+        VOLO(**arguments)
+    assert '\n' not in str(caught.value)
