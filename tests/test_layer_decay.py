@@ -24,10 +24,10 @@ def segmentor(**backbone) -> nn.Module:
         dict(
             type='EncoderDecoder',
             backbone=dict(type='VOLO', arch='tiny', img_size=64, **backbone),
-            neck=None,
+            neck=dict(type='MultiLevelNeck', in_channels=[64, 128, 128, 128], out_channels=8, scales=[2, 2, 1, 0.5]),
             decode_head=dict(
                 type='UPerHead',
-                in_channels=[64, 128, 128, 128],
+                in_channels=[8, 8, 8, 8],
                 in_index=[0, 1, 2, 3],
                 channels=8,
                 num_classes=4,
