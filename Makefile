@@ -14,7 +14,7 @@ demo: .venv/installed
 	$(BIN)/python tools/demo.py
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: .venv/installed
 	$(BIN)/ruff check .

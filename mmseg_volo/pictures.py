@@ -24,10 +24,10 @@ def with_legend(picture: Image.Image, label: np.ndarray, classes: Sequence[str],
     size = int(np.clip(picture.height / 24, 11, 40))
     font = ImageFont.load_default(size)
     row = int(size * 1.5)
-    columns = -(-len(present) * row // max(picture.height, row))  # a small picture may need several
-    rows = max(picture.height // row, 1)
+    height = max(picture.height, row)  # room for one name at least; a low picture gets several columns
+    rows = height // row
     width = int(max([font.getlength(classes[i]) for i in present], default=0)) + 3 * size
-    page = Image.new('RGB', (picture.width + max(columns, -(-len(present) // rows)) * width, picture.height), 'white')
+    page = Image.new('RGB', (picture.width + -(-len(present) // rows) * width, height), 'white')
     page.paste(picture, (0, 0))
     draw = ImageDraw.Draw(page)
     for n, i in enumerate(present):
@@ -39,7 +39,7 @@ def with_legend(picture: Image.Image, label: np.ndarray, classes: Sequence[str],
 
 def label_png(label: np.ndarray, palette: Sequence) -> Image.Image:
     """Label map ``[H, W]`` as an indexed picture: pixel values are class ids, colours those of the palette."""
-    picture = Image.fromarray(label.astype(np.uint8), mode='P')
+    picture = Image.fromarray(label.astype(np.uint8))
     picture.putpalette(np.asarray(palette, dtype=np.uint8).ravel().tolist())
     return picture
 

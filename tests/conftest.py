@@ -2,6 +2,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get('MMSEG_VOLO_DATA', ROOT / 'data'))
@@ -23,3 +24,7 @@ def camvid() -> Path:
 @pytest.fixture(scope='session')
 def ade20k() -> Path:
     return data_folder('ade20k')
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)  # two workers on two cores: more threads only wait for each other

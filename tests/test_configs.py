@@ -149,3 +149,18 @@ def test_configs_are_found_where_the_readme_says():
     readme = (ROOT / 'README.md').read_text()
     for name in re.findall(r'configs/([\w.]+\.py)', readme):
         assert (Path(CONFIGS) / name).is_file(), name
+
+
+@pytest.mark.parametrize('name', ['resnet50_camvid', 'swin_t_camvid'])
+def test_baselines_differ_from_volo_d1_in_the_backbone_alone(name):
+    cfg = load(f'baselines/{name}.py')
+    init_default_scope('mmseg')
+    model = MODELS.build(copy.deepcopy(cfg.model))
+    ours = load('volo_d1_camvid.py')
+    assert not isinstance(model.backbone, VOLO) and not model.with_neck
+    for key in ('train_dataloader', 'test_dataloader', 'optim_wrapper', 'param_scheduler', 'train_cfg'):
+        assert cfg[key] == ours[key], key
+    assert cfg.model.decode_head.channels == ours.model.decode_head.get('channels')
+    with torch.no_grad():
+        outputs = model.eval().backbone(torch.zeros(1, 3, 64, 64))
+    assert [y.shape[1] for y in outputs] == list(model.decode_head.in_channels)

@@ -1,9 +1,9 @@
 """The calls behind the tools."""
 
-from .config import Options, add_config_arguments
+from .config import add_config_arguments
 from .demo import demo
 from .infer import infer
 from .test import test
 from .train import train
 
-__all__ = ['Options', 'add_config_arguments', 'demo', 'infer', 'test', 'train']
+__all__ = ['add_config_arguments', 'demo', 'infer', 'test', 'train']
