@@ -13,6 +13,7 @@ FAMILIES = {
     'mmcv': ('onedl-mmcv', ('mmcv', 'mmcv-lite')),
     'mmseg': ('onedl-mmsegmentation', ('mmsegmentation',)),
 }
+INSTALL = f'pip install {" ".join(maintained for maintained, _ in FAMILIES.values())}'
 
 
 def why_not_usable() -> str | None:
@@ -23,11 +24,11 @@ def why_not_usable() -> str | None:
             everything = ' '.join([n for m, o in FAMILIES.values() for n in (m, *o) if _installed(n)])
             return (
                 f'{maintained} and {doubled[0]} are both installed and overwrite each other; type: '
-                f"pip uninstall -y {everything} && pip install 'mmseg-volo[onedl]'"
+                f'pip uninstall -y {everything} && {INSTALL}'
             )
     missing = [name for name in FAMILIES if find_spec(name) is None]
     if missing:
-        return f"mmseg_volo needs {', '.join(missing)}, not installed here; type: pip install 'mmseg-volo[onedl]'"
+        return f'mmseg_volo needs {", ".join(missing)}, not installed here; type: {INSTALL}'
     return None
 
 

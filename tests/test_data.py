@@ -99,12 +99,15 @@ def test_a_real_image_goes_through_the_whole_ade20k_config(ade20k):
     assert set(result.gt_sem_seg.data.unique().tolist()) <= {*range(150), 255}
 
 
-def test_data_root_reaches_wrapped_data_sets(tmp_path):
+@pytest.mark.parametrize('wrapper', ['RepeatDataset', 'ConcatDataset'])
+def test_data_root_and_the_check_reach_wrapped_data_sets(tmp_path, wrapper):
     base = Config.fromfile(ROOT / 'configs/volo_tiny_camvid.py')
     inner = base.train_dataloader.dataset
-    base.train_dataloader.dataset = dict(type='RepeatDataset', times=2, dataset=inner)
+    base.train_dataloader.dataset = {
+        'RepeatDataset': dict(type='RepeatDataset', times=2, dataset=inner),
+        'ConcatDataset': dict(type='ConcatDataset', datasets=[inner, inner]),
+    }[wrapper]
     base.dump(tmp_path / 'wrapped.py')
     cfg = load_config(str(tmp_path / 'wrapped.py'), {'data_root': '/elsewhere'})
-    assert cfg.train_dataloader.dataset.dataset.data_root == '/elsewhere'
     with pytest.raises(UserError, match='/elsewhere/images/train'):
         check_data(cfg, ('train',))

@@ -9,6 +9,7 @@ from mmseg_volo import _stack
 
 ROOT = Path(__file__).parents[1]
 ONEDL = ('onedl-mmengine', 'onedl-mmcv', 'onedl-mmsegmentation')
+INSTALL = f'pip install {" ".join(ONEDL)}'
 OPENMMLAB = ('mmengine', 'mmcv', 'mmsegmentation')
 
 
@@ -36,9 +37,7 @@ def test_one_family_is_usable(machine, installed):
 @pytest.mark.parametrize('missing', [['mmseg'], ['mmcv'], ['mmengine', 'mmcv', 'mmseg']], ids=str)
 def test_missing_packages_are_named_with_what_to_type(machine, missing):
     machine(missing=missing)
-    assert _stack.why_not_usable() == (
-        f"mmseg_volo needs {', '.join(missing)}, not installed here; type: pip install 'mmseg-volo[onedl]'"
-    )
+    assert _stack.why_not_usable() == (f'mmseg_volo needs {", ".join(missing)}, not installed here; type: {INSTALL}')
 
 
 @pytest.mark.parametrize('second', ['mmengine', 'mmengine-lite', 'mmcv', 'mmcv-lite', 'mmsegmentation'])
@@ -47,7 +46,7 @@ def test_two_families_over_each_other_are_named_with_what_to_type(machine, secon
     first = next(ours for ours, theirs in _stack.FAMILIES.values() if second in theirs)
     sentence = _stack.why_not_usable()
     assert sentence.startswith(f'{first} and {second} are both installed and overwrite each other; type: ')
-    uninstalled = re.search(r'pip uninstall -y (.*) && pip install \'mmseg-volo\[onedl\]\'$', sentence)[1].split()
+    uninstalled = re.search(rf'pip uninstall -y (.*) && {INSTALL}$', sentence)[1].split()
     assert sorted(uninstalled) == sorted((*ONEDL, second))  # what overlaps is broken even where it stays
 
 
@@ -100,6 +99,6 @@ def test_importing_without_the_mm_packages_says_in_one_sentence_what_to_type(hid
     result = python(HIDE.format(hidden=hidden))
     assert result.returncode == 1 and result.stdout == ''
     assert result.stderr.splitlines()[-1] == (
-        f"ImportError: mmseg_volo needs {', '.join(hidden)}, not installed here; type: pip install 'mmseg-volo[onedl]'"
+        f'ImportError: mmseg_volo needs {", ".join(hidden)}, not installed here; type: {INSTALL}'
     )
     assert 'During handling' not in result.stderr  # the sentence, not what it replaces

@@ -14,7 +14,7 @@ from mmseg_volo.models.weights import CLASSIFIER, resize_pos_embed
 
 PUBLISHED = ['d1', 'd2', 'd3', 'd4', 'd5']
 SMALL = dict(layers=(1, 1, 1, 1), embed_dims=(32, 48), num_heads=(1, 3), mlp_ratio=2, stem_channels=8)
-# Authors' repository, sail-sg/volo: parameters of the backbone without classifier, in millions.
+# Computed from the published architecture, without classifier and output norms, in millions.
 PARAMETERS = {'d1': 22.90, 'd2': 52.40, 'd3': 80.05, 'd4': 179.61, 'd5': 279.74}
 
 

@@ -56,7 +56,8 @@ def load_config(path: str, options: dict) -> Config:
     if 'data_root' in options:
         for split in ('train', 'val', 'test'):
             if cfg.get(f'{split}_dataloader'):
-                _innermost(cfg[f'{split}_dataloader'].dataset).data_root = options['data_root']
+                for settings in _data_sets(cfg[f'{split}_dataloader'].dataset):
+                    settings['data_root'] = options['data_root']
     return cfg
 
 
@@ -85,15 +86,15 @@ def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
         return
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     for split in splits:
-        settings = _innermost(cfg[f'{split}_dataloader'].dataset)
-        root = settings.get('data_root') or ''
-        for folder in settings.get('data_prefix', {}).values():
-            if not (Path(root) / folder).is_dir():
-                raise UserError(
-                    f'no folder {Path(root) / folder}; docs/data.md says how to make it, '
-                    'and --cfg-options data_root=FOLDER points elsewhere'
-                )
-        _check_labels(settings, split, cfg.model.decode_head.num_classes)
+        for settings in _data_sets(cfg[f'{split}_dataloader'].dataset):
+            root = settings.get('data_root') or ''
+            for folder in settings.get('data_prefix', {}).values():
+                if not (Path(root) / folder).is_dir():
+                    raise UserError(
+                        f'no folder {Path(root) / folder}; docs/data.md says how to make it, '
+                        'and --cfg-options data_root=FOLDER points elsewhere'
+                    )
+            _check_labels(settings, split, cfg.model.decode_head.num_classes)
 
 
 def _check_labels(settings: dict, split: str, num_classes: int) -> None:
@@ -138,7 +139,10 @@ def _check_labels(settings: dict, split: str, num_classes: int) -> None:
     print_log(f'{split}: {len(dataset)} images, {count} labels checked, ids within {num_classes} classes', 'current')
 
 
-def _innermost(dataset: dict) -> dict:
-    while 'dataset' in dataset:  # RepeatDataset and the like
-        dataset = dataset['dataset']
-    return dataset
+def _data_sets(dataset: dict) -> list[dict]:
+    """The data sets inside RepeatDataset, ConcatDataset and the like."""
+    if 'dataset' in dataset:
+        return _data_sets(dataset['dataset'])
+    if 'datasets' in dataset:
+        return [settings for part in dataset['datasets'] for settings in _data_sets(part)]
+    return [dataset]
