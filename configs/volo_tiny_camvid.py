@@ -20,3 +20,4 @@ model.update(
         in_channels=48, channels=64, num_classes=num_classes, loss_decode=dict(class_weight=class_weight)
     ),
 )
+optim_wrapper.optimizer.update(lr=2e-3)

@@ -1,4 +1,4 @@
-# VOLO-tiny + UPerNet on toy streets, the demo: 1 process x 8 images, 128 x 192 crops, 600 iterations.
+# VOLO-tiny + UPerNet on toy streets, the demo: 1 process x 8 images, 128 x 192 crops, 750 iterations.
 from mmengine.config import read_base
 
 with read_base():
@@ -16,7 +16,8 @@ model.update(
     decode_head=dict(in_channels=[48, 48, 48, 48], channels=48, num_classes=num_classes),
     auxiliary_head=dict(in_channels=48, channels=64, num_classes=num_classes),
 )
-max_iters = 600
+max_iters = 750
+optim_wrapper.optimizer.update(lr=3e-3)
 param_scheduler[1].update(end=max_iters)
 train_cfg.update(max_iters=max_iters, val_interval=max_iters)
 default_hooks.update(checkpoint=dict(interval=max_iters), logger=dict(interval=20))
