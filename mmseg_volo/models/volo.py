@@ -5,6 +5,7 @@ load without a converter. Shape letters: ``ops/README.md``; here h, w are the ro
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +14,12 @@ from mmseg.registry import MODELS
 from timm.layers import DropPath, Mlp, trunc_normal_
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
 from ..ops import outlook_attention
+from ..ops.recompute import norm_linear, norm_linear_pool, norm_mlp
 from .weights import load_pretrained, pretrained_checkpoint, resize_pos_embed
 
 # Widths and heads are (stage 1, stages 2 to 4). d1 to d5: authors' repository, sail-sg/volo; tiny is ours.
@@ -46,11 +49,15 @@ class OutlookAttention(nn.Module):
         # The last row and column average what there is: a window per stride, rounded up.
         self.pool = nn.AvgPool2d(stride, stride, ceil_mode=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, H, W, C]`` to the same."""
+    def forward(self, x: Tensor, norm: nn.Module, recompute: bool = False) -> Tensor:
+        """``[B, H, W, C]``, which ``norm`` has yet to normalise, to the same."""
         K = self.kernel_size**2
-        value = self.v(x)
-        centres = self.pool(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        if recompute:
+            value, centres = norm_linear_pool(x, norm, self.v, self.stride)
+        else:
+            x = norm(x)
+            value = self.v(x)
+            centres = self.pool(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         logits = self.attn(centres).unflatten(-1, (self.num_heads, K, K))
         x = outlook_attention(logits, value, kernel_size=self.kernel_size, stride=self.stride, scale=self.scale)
         return self.proj(x)
@@ -65,11 +72,15 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, dim * 3, bias=False)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, h, w, C]`` to the same."""
+    def forward(self, x: Tensor, norm: nn.Module, recompute: bool = False) -> Tensor:
+        """``[B, h, w, C]``, which ``norm`` has yet to normalise, to the same."""
         B, h, w, C = x.shape
-        qkv = self.qkv(x).view(B, h * w, 3, self.num_heads, C // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # B, N, h * w, d
+        qkv = norm_linear(x, norm, self.qkv) if recompute else self.qkv(norm(x))
+        qkv = qkv.view(B, h * w, 3, self.num_heads, C // self.num_heads)
+        qkv = qkv.permute(2, 0, 3, 1, 4)
+        if qkv.device.type == 'cpu':
+            qkv = qkv.contiguous()  # the flash kernel reads each key many times: 5 to 9 % of its time
+        q, k, v = qkv.unbind(0)  # B, N, h * w, d
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
         return self.proj(x.transpose(1, 2).reshape(B, h, w, C))
 
@@ -84,11 +95,15 @@ class _Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.recompute = False
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, h, w, C]`` to the same."""
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        recompute = self.recompute and not torch.compiler.is_compiling()  # Inductor decides by itself what to keep
+        x = _add(x, self.drop_path(self.attn(x, self.norm1, recompute)))
+        if recompute:
+            return _add(x, self.drop_path(norm_mlp(x, self.norm2, self.mlp.fc1, self.mlp.fc2)))
+        return _add(x, self.drop_path(self.mlp(self.norm2(x))))
 
 
 class Outlooker(_Block):
@@ -119,7 +134,15 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, in_channels, H, W]`` to ``[B, H / 8, W / 8, C]``."""
-        return self.proj(self.conv(x)).permute(0, 2, 3, 1)
+        if torch.is_grad_enabled() or any(norm.training for norm in self.conv[1::3]):
+            x = self.conv(x)
+        else:  # inference: BatchNorm is a part of the convolution before it
+            for conv, norm in zip(self.conv[::3], self.conv[1::3], strict=True):
+                weight, bias = fuse_conv_bn_weights(
+                    conv.weight, None, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+                )
+                x = F.conv2d(x, weight, bias, conv.stride, conv.padding).relu_()
+        return self.proj(x).permute(0, 2, 3, 1)
 
 
 class Downsample(nn.Module):
@@ -153,7 +176,10 @@ class VOLO(BaseModule):
         frozen_stages: -1 nothing, 0 the stem, n also stages 1 to n. Frozen parts are in eval mode. The output norms,
             which no ImageNet checkpoint has, always train.
         norm_eval: keep the BatchNorms of the stem in eval mode while training.
-        with_cp: recompute each block in the backward pass instead of storing its activations.
+        with_cp: compute the stem and each block again in the backward pass instead of storing their activations.
+        recompute_activations: compute the outputs of LayerNorm and GELU again in the backward pass instead of storing
+            them; costs no time that we could measure, see ``docs/performance.md``.
+        residual_in_fp32: under autocast, add up in float32 from stage 2 on, as timm does; False: in autocast's dtype.
         init_cfg: ``dict(type='Pretrained', checkpoint=...)``, see ``docs/weights.md``, or mmengine's initialisers.
 
     Raises:
@@ -172,6 +198,8 @@ class VOLO(BaseModule):
         frozen_stages: int = -1,
         norm_eval: bool = False,
         with_cp: bool = False,
+        recompute_activations: bool = True,
+        residual_in_fp32: bool = True,
         init_cfg: dict | list[dict] | None = None,
     ):
         super().__init__(init_cfg)
@@ -192,6 +220,7 @@ class VOLO(BaseModule):
         self.out_channels = [widths[i] for i in out_indices]
         self.out_strides = [STRIDES[i] for i in out_indices]
         self.frozen_stages, self.norm_eval, self.with_cp = frozen_stages, norm_eval, with_cp
+        self.residual_in_fp32 = residual_in_fp32
 
         self.patch_embed = PatchEmbed(in_channels, row['stem_channels'], widths[0])
         self.network = nn.ModuleList(
@@ -210,6 +239,9 @@ class VOLO(BaseModule):
                 for i in range(start, start + layers[stage])
             ]
             self.network.append(nn.Sequential(*blocks))
+        for block in self.network.modules():
+            if isinstance(block, _Block):
+                block.recompute = recompute_activations
         for i in out_indices:  # pre-norm blocks leave the residual stream unnormalised
             self.add_module(f'norm{i}', nn.LayerNorm(widths[i]))
 
@@ -224,20 +256,30 @@ class VOLO(BaseModule):
         H, W = x.shape[-2:]
         # Outlook pooling rounds up, convolutions round down: only multiples of 16 suit both.
         x = F.pad(x, (0, _ceil_div(W, 16) * 16 - W, 0, _ceil_div(H, 16) * 16 - H))
-        x = self.patch_embed(x.contiguous(memory_format=torch.channels_last))
+        # channels_last: the blocks then see contiguous [B, h, w, C], and no LayerNorm has to copy.
+        x = self._maybe_checkpointed(self.patch_embed, x.contiguous(memory_format=torch.channels_last))
         outputs = []
         for i, module in enumerate(self.network):
             if i == DOWNSAMPLE:
                 x = module(x)
-                x = self.pos_drop(x + self._pos_embed_for(x.shape[1], x.shape[2]))
+                pos_embed = self._pos_embed_for(x.shape[1], x.shape[2])
+                x = self.pos_drop(x + (pos_embed if self.residual_in_fp32 else pos_embed.to(x.dtype)))
                 continue
             for block in module:
-                x = checkpoint(block, x, use_reentrant=False) if self.with_cp and torch.is_grad_enabled() else block(x)
+                x = self._maybe_checkpointed(block, x)
             stage = max(i - 1, 0)
             if stage in self.out_indices:
                 y = getattr(self, f'norm{stage}')(x)[:, : _ceil_div(H, STRIDES[stage]), : _ceil_div(W, STRIDES[stage])]
                 outputs.append(y.permute(0, 3, 1, 2))
         return tuple(outputs)
+
+    def _maybe_checkpointed(self, module: nn.Module, x: Tensor) -> Tensor:
+        if not self.with_cp or not torch.is_grad_enabled():
+            return module(x)
+        if torch.compiler.is_compiling():
+            return checkpoint(module, x, use_reentrant=False)
+        contexts = nullcontext(), _RunningStatisticsKept(module)
+        return checkpoint(module, x, use_reentrant=False, context_fn=lambda: contexts)
 
     def _pos_embed_for(self, h: int, w: int) -> Tensor:
         """Position embedding for h x w tokens, resized at most once per grid while the weights stand still."""
@@ -304,6 +346,28 @@ def architecture(arch: str | Mapping) -> Mapping:
     if any(dim % heads for dim, heads in zip(arch['embed_dims'], arch['num_heads'], strict=True)):
         raise UserError(f'embed_dims must be multiples of num_heads, got {arch["embed_dims"]} and {arch["num_heads"]}')
     return arch
+
+
+class _RunningStatisticsKept(AbstractContextManager):
+    """The second forward pass of a checkpoint must not count the same batch again."""
+
+    def __init__(self, module: nn.Module):
+        self.norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
+
+    def __enter__(self) -> None:
+        self.before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in self.norms]
+        for norm in self.norms:
+            norm.momentum = 0.0
+
+    def __exit__(self, *error) -> None:
+        for norm, (momentum, count) in zip(self.norms, self.before, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
+
+
+def _add(x: Tensor, branch: Tensor) -> Tensor:
+    """``x + branch``; in inference in the branch's memory, which nothing else uses."""
+    return x + branch if torch.is_grad_enabled() or branch.dtype != x.dtype else branch.add_(x)
 
 
 def _ceil_div(a: int, b: int) -> int:

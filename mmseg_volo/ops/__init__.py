@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from .reference import outlook_attention_reference
+from .dispatch import explain, outlook_attention_op
 
-__all__ = ['outlook_attention']
+__all__ = ['explain', 'outlook_attention']
 
 
 def outlook_attention(logits: Tensor, value: Tensor, *, kernel_size: int, stride: int, scale: float) -> Tensor:
@@ -23,7 +23,7 @@ def outlook_attention(logits: Tensor, value: Tensor, *, kernel_size: int, stride
         ``[B, H, W, C]``, in ``value``'s dtype. Overlapping windows are summed, not averaged.
 
     Raises:
-        ValueError: the shapes or the window do not belong together.
+        ValueError: the shapes, dtypes, devices or the window do not belong together.
     """
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f'kernel_size must be odd and positive, got {kernel_size}')
@@ -42,4 +42,8 @@ def outlook_attention(logits: Tensor, value: Tensor, *, kernel_size: int, stride
             f'logits of shape {tuple(logits.shape)} do not fit value of shape {tuple(value.shape)}: '
             f'expected {expected} with C={C} a multiple of N={N}'
         )
-    return outlook_attention_reference(logits, value, kernel_size=kernel_size, stride=stride, scale=scale)
+    if logits.dtype != value.dtype or not value.dtype.is_floating_point:
+        raise ValueError(f'logits are {logits.dtype} and value is {value.dtype}: expected one floating-point dtype')
+    if logits.device != value.device:
+        raise ValueError(f'logits are on {logits.device} and value is on {value.device}: expected one device')
+    return outlook_attention_op(logits, value, kernel_size, stride, scale)

@@ -1,0 +1,268 @@
+"""Outlook attention in Triton, for GPUs: window 3, stride 2.
+
+One kernel normalises the logits, one gathers tokens (the output, and the gradient of value), one makes the gradient of
+the logits. A program owns what it writes: no atomics, the same bits in every run.
+
+Shape letters: ``ops/README.md``. Window (i, j) is centred at token (2i, 2j); tap 9 u + v is its weight from place v to
+place u. Block (i, j) is the tokens (2i, 2j) to (2i + 1, 2j + 1): windows (i, j) to (i + 1, j + 1) cover it.
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HEAD_WIDTHS = (8, 16, 32, 64, 128)
+TAPS = tl.constexpr(81)
+# Weights are [N, tiles, TAPS, TILE], windows last: a program finds all taps of its windows at constant distances.
+TILE = tl.constexpr(16)
+SOFTMAX_WINDOWS = 128
+
+
+@triton.jit
+def _weights_at(weights, window, n, tiles):
+    """Where the weights of each window begin; its taps lie TILE apart."""
+    return weights + (n.to(tl.int64) * tiles + window // TILE) * (TAPS * TILE) + window % TILE
+
+
+@triton.jit(do_not_specialize=['tiles'])
+def softmax_kernel(logits, weights, windows, window_stride, tap_stride, tiles, scale_log2e, BLOCK: tl.constexpr):
+    """Weights of one place of one head in BLOCK windows: softmax over 9 taps, eight and the last."""
+    window = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    n, place = tl.program_id(1) // 9, tl.program_id(1) % 9
+    tap = place * 9 + tl.arange(0, 8)[:, None]  # 8, 1
+    real = window < windows
+    at = logits + n.to(tl.int64) * TAPS * tap_stride + window * window_stride
+    eight = tl.load(at[None, :] + tap.to(tl.int64) * tap_stride, mask=real[None, :], other=0.0)  # 8, BLOCK
+    last = tl.load(at + (place * 9 + 8).to(tl.int64) * tap_stride, mask=real, other=0.0)
+    eight, last = eight.to(tl.float32) * scale_log2e, last.to(tl.float32) * scale_log2e
+    largest = tl.maximum(tl.max(eight, 0), last)
+    eight, last = tl.exp2(eight - largest[None, :]), tl.exp2(last - largest)
+    total = tl.sum(eight, 0) + last
+    at = _weights_at(weights, window, n, tiles)
+    dtype: tl.constexpr = weights.dtype.element_ty
+    tl.store(at[None, :] + tap * TILE, (eight / total[None, :]).to(dtype), mask=real[None, :])
+    tl.store(at + (place * 9 + 8) * TILE, (last / total).to(dtype), mask=real)
+
+
+@triton.jit
+def _program(w, BW: tl.constexpr):
+    """Row of windows in the batch, columns of windows ``[BW]``, head."""
+    columns = tl.cdiv(w, BW)
+    row, column = tl.program_id(0) // columns, tl.program_id(0) % columns
+    return row, column * BW + tl.arange(0, BW), tl.program_id(1)
+
+
+@triton.jit
+def _offsets(row, j, n, H, W, h, N: tl.constexpr, D: tl.constexpr):
+    """Where head n of the tokens (2i, 2j) lies: ``[BW, D]``."""
+    token = ((row // h).to(tl.int64) * H + row % h * 2) * W + j * 2
+    return token[:, None] * (N * D) + n * D + tl.arange(0, D)[None, :]
+
+
+@triton.jit
+def _inside(row, j, y: tl.constexpr, x: tl.constexpr, H, W, h):
+    """Whether tokens (2i + y, 2j + x) are on the map: ``[BW, 1]``."""
+    top, left = row % h * 2 + y, j * 2 + x
+    return ((top >= 0) & (top < H) & (left >= 0) & (left < W))[:, None]
+
+
+@triton.jit
+def _tokens(at, row, j, y: tl.constexpr, x: tl.constexpr, H, W, h, C: tl.constexpr):
+    """Tokens (2i + y, 2j + x), zeros outside the map: ``[BW, D]``."""
+    return tl.load(at + (W.to(tl.int64) * y + x) * C, mask=_inside(row, j, y, x, H, W, h), other=0.0)
+
+
+@triton.jit
+def _add(
+    out, tokens, at, real,
+    Y: tl.constexpr, X: tl.constexpr, y: tl.constexpr, x: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """``out``, tokens (2i + Y, 2j + X), plus what tokens (2i + y, 2j + x) give them in all windows that hold both."""
+    # Those windows are (i + a, j + b): a is 0 or 1, 0 reaches rows to y = 1 and 1 those from 1 on.
+    A0: tl.constexpr = y > 1
+    A1: tl.constexpr = y > 0 and Y > 0
+    B0: tl.constexpr = x > 1
+    B1: tl.constexpr = x > 0 and X > 0
+    if A0 <= A1 and B0 <= B1:
+        for a in tl.static_range(A0, A1 + 1):
+            for b in tl.static_range(B0, B1 + 1):
+                to = (Y - 2 * a + 1) * 3 + X - 2 * b + 1
+                source = (y - 2 * a + 1) * 3 + x - 2 * b + 1
+                tap = source * 9 + to if TRANSPOSED else to * 9 + source
+                one = tl.load(at[a][b] + tap * TILE, mask=real[a][b], other=0.0).to(tl.float32)
+                if a == A0 and b == B0:
+                    weight = one
+                else:
+                    weight += one
+        out += weight[:, None] * tokens
+    return out
+
+
+# One compilation for all sizes.
+@triton.jit(do_not_specialize=['H', 'W', 'h', 'w', 'tiles'])
+def gather_kernel(
+    value, weights, out, H, W, h, w, tiles,
+    N: tl.constexpr, D: tl.constexpr, TRANSPOSED: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    """Output for BW blocks of a row and one head, each of the 25 values they depend on read once.
+
+    With each 9 x 9 matrix TRANSPOSED it makes the value's gradient out of the output's.
+    """
+    row, j, n = _program(w, BW)
+    offsets = _offsets(row, j, n, H, W, h, N, D)
+    window = row.to(tl.int64) * w + j
+    top = _weights_at(weights, window, n, tiles), _weights_at(weights, window + 1, n, tiles)
+    bottom = _weights_at(weights, window + w, n, tiles), _weights_at(weights, window + w + 1, n, tiles)
+    at = top, bottom
+    below = row % h + 1 < h
+    real = (j < w, j + 1 < w), (below & (j < w), below & (j + 1 < w))
+    out00 = tl.zeros((BW, D), tl.float32)
+    out01 = tl.zeros((BW, D), tl.float32)
+    out10 = tl.zeros((BW, D), tl.float32)
+    out11 = tl.zeros((BW, D), tl.float32)
+    for y in tl.static_range(-1, 4):
+        for x in tl.static_range(-1, 4):
+            tokens = _tokens(value + offsets, row, j, y, x, H, W, h, N * D).to(tl.float32)
+            out00 = _add(out00, tokens, at, real, 0, 0, y, x, TRANSPOSED)
+            out01 = _add(out01, tokens, at, real, 0, 1, y, x, TRANSPOSED)
+            out10 = _add(out10, tokens, at, real, 1, 0, y, x, TRANSPOSED)
+            out11 = _add(out11, tokens, at, real, 1, 1, y, x, TRANSPOSED)
+    block = (out00, out01), (out10, out11)
+    for y in tl.static_range(2):
+        for x in tl.static_range(2):
+            to = out + offsets + (W.to(tl.int64) * y + x) * (N * D)
+            tl.store(to, block[y][x].to(out.dtype.element_ty), mask=_inside(row, j, y, x, H, W, h))
+
+
+@triton.jit(do_not_specialize=['H', 'W', 'h', 'w', 'tiles'])
+def dlogits_kernel(
+    grad, value, weights, dlogits, H, W, h, w, tiles, window_stride, tap_stride, scale,
+    N: tl.constexpr, D: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the logits of BW windows of a row and one head."""
+    row, j, n = _program(w, BW)
+    offsets = _offsets(row, j, n, H, W, h, N, D)
+    window = row.to(tl.int64) * w + j
+    at = _weights_at(weights, window, n, tiles)
+    to = dlogits + window * window_stride + n.to(tl.int64) * TAPS * tap_stride
+    place = tl.arange(0, 16)[None, :]
+    real = (j < w)[:, None] & (place < 9)
+    values = ()
+    for v in tl.static_range(9):
+        values += (_tokens(value + offsets, row, j, v // 3 - 1, v % 3 - 1, H, W, h, N * D),)
+    for u in tl.static_range(9):
+        dmixed = _tokens(grad + offsets, row, j, u // 3 - 1, u % 3 - 1, H, W, h, N * D).to(tl.float32)
+        dshares = tl.zeros((BW, 16), tl.float32)
+        for v in tl.static_range(9):
+            dshare = tl.sum(dmixed * values[v].to(tl.float32), 1)
+            dshares = tl.where(place == v, dshare[:, None], dshares)
+        shares = tl.load(at[:, None] + (u * 9 + place) * TILE, mask=real, other=0.0).to(tl.float32)
+        mean = tl.sum(shares * dshares, 1)[:, None]
+        gradient = shares * (dshares - mean) * scale
+        tap = (u * 9 + place).to(tl.int64)
+        tl.store(to[:, None] + tap * tap_stride, gradient.to(dlogits.dtype.element_ty), mask=real)
+
+
+# With TRITON_INTERPRET=1 set before the import, triton.jit gives something else.
+INTERPRETED = not isinstance(gather_kernel, triton.runtime.JITFunction)
+
+
+def why_not(logits: Tensor, value: Tensor, kernel_size: int, stride: int) -> str | None:
+    """Reason why this implementation cannot serve these tensors, or None."""
+    if value.device.type != 'cuda' and not (INTERPRETED and value.device.type == 'cpu'):
+        return f'the tensors are on {value.device}'
+    if tuple(map(int, triton.__version__.split('.')[:2])) < (3, 3):
+        return f'triton {triton.__version__} is older than 3.3'
+    if (kernel_size, stride) != (3, 2):
+        return f'it knows window 3 with stride 2 only, not {kernel_size} with {stride}'
+    if value.dtype not in DTYPES or logits.dtype != value.dtype:
+        return f'it knows float32, float16 and bfloat16 only, one for both, not {logits.dtype} with {value.dtype}'
+    head_width = value.shape[-1] // logits.shape[3]
+    if head_width not in HEAD_WIDTHS:
+        return f'it knows head widths {", ".join(map(str, HEAD_WIDTHS))} only, not {head_width}'
+    if value.device.type == 'cuda' and torch.cuda.get_device_capability(value.device) < (8, 0):
+        return f'{torch.cuda.get_device_name(value.device)} is older than compute capability 8.0'
+    return None
+
+
+def forward(logits: Tensor, value: Tensor, kernel_size: int, stride: int, scale: float) -> Tensor:
+    """See :func:`mmseg_volo.ops.outlook_attention`."""
+    with torch.cuda.device_of(value):
+        return _gather(value.contiguous(), _weights(logits, scale), logits, transposed=False)
+
+
+def backward(
+    grad: Tensor, logits: Tensor, value: Tensor, kernel_size: int, stride: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of logits and value; that of logits has their strides."""
+    grad, value = grad.contiguous(), value.contiguous()
+    with torch.cuda.device_of(value):
+        weights = _weights(logits, scale)
+        dvalue = _gather(grad, weights, logits, transposed=True)
+        dlogits = torch.empty_like(logits)
+        flat = _flat(dlogits)
+        args = (grad, value, weights, flat, *_sizes(logits, value), weights.shape[1], *flat.stride(), scale)
+        _launch(dlogits_kernel, logits, value, *args)
+    if flat.data_ptr() != dlogits.data_ptr():
+        dlogits.copy_(flat.view_as(dlogits))
+    return dlogits, dvalue
+
+
+def _weights(logits: Tensor, scale: float) -> Tensor:
+    """``[N, tiles, TAPS, TILE]``.
+
+    A kernel of its own: inside the others each of the d / 8 threads that share a window would compute the softmax.
+    """
+    flat = _flat(logits)
+    windows, N = len(flat), logits.shape[3]
+    tile = TILE.value
+    weights = torch.empty(N, triton.cdiv(windows, tile), TAPS.value, tile, dtype=logits.dtype, device=logits.device)
+    grid = (triton.cdiv(windows, SOFTMAX_WINDOWS), N * 9)
+    args = (flat, weights, windows, *flat.stride(), weights.shape[1], scale * math.log2(math.e))
+    softmax_kernel[grid](*args, BLOCK=SOFTMAX_WINDOWS, num_warps=1)  # one warp: no sums across warps
+    return weights
+
+
+def _gather(value: Tensor, weights: Tensor, logits: Tensor, transposed: bool) -> Tensor:
+    out = torch.empty_like(value)
+    args = (value, weights, out, *_sizes(logits, value), weights.shape[1])
+    _launch(gather_kernel, logits, value, *args, TRANSPOSED=transposed)
+    return out
+
+
+def _flat(logits: Tensor) -> Tensor:
+    """``[B h w, N K K]``: a view, unless the strides forbid it."""
+    B, h, w, N, K, _ = logits.shape
+    return logits.reshape(B * h * w, N * K * K)
+
+
+def _sizes(logits: Tensor, value: Tensor) -> tuple[int, int, int, int]:
+    """H, W, h, w."""
+    return *value.shape[1:3], *logits.shape[1:3]
+
+
+def _launch(kernel, logits: Tensor, value: Tensor, *args, **constants) -> None:
+    B, h, w, N, _, _ = logits.shape
+    d = value.shape[-1] // N
+    if INTERPRETED or kernel is dlogits_kernel:  # it sums across threads: other warps, other bits
+        constants |= configurations(d)[0].all_kwargs()
+    else:
+        # Sizes alike to a power of two share a choice: images of a data set come in hundreds of sizes.
+        kernel = _tuned(kernel, d, N, (B * h * w).bit_length())
+    kernel[lambda meta: (triton.cdiv(w, meta['BW']) * B * h, N)](*args, N=N, D=d, **constants)
+
+
+def configurations(head_width: int) -> list[triton.Config]:
+    """What the autotuner chooses from, 8 numbers of a token in each thread. All gather the same bits."""
+    return [triton.Config({'BW': 8 * 32 * warps // head_width}, num_warps=warps) for warps in (1, 2, 4)]
+
+
+@lru_cache
+def _tuned(kernel, head_width: int, heads: int, size: int):
+    """The kernel with an autotuner of its own, which tells dtypes apart by itself."""
+    return triton.autotune(configurations(head_width), key=[])(kernel)
