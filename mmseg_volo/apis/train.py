@@ -60,7 +60,10 @@ def _enable_amp(cfg: Config) -> None:
         raise UserError('--amp needs a GPU, and torch finds none; leave it out on a CPU')
     if cfg.optim_wrapper.type not in ('OptimWrapper', 'AmpOptimWrapper'):
         raise UserError(f'--amp goes with OptimWrapper, but the config has {cfg.optim_wrapper.type}')
-    cfg.optim_wrapper.update(type='AmpOptimWrapper', loss_scale='dynamic')
+    dtype = cfg.optim_wrapper.get('dtype') or ('bfloat16' if torch.cuda.is_bf16_supported() else 'float16')
+    # bfloat16 has float32's range: nothing to scale.
+    loss_scale = cfg.optim_wrapper.get('loss_scale', 1.0 if dtype == 'bfloat16' else 'dynamic')
+    cfg.optim_wrapper.update(type='AmpOptimWrapper', dtype=dtype, loss_scale=loss_scale)
 
 
 def _check_batch(cfg: Config) -> None:

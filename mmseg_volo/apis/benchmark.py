@@ -1,0 +1,476 @@
+"""Ours against timm and against the authors' mathematics: same weights, one process, turn by turn, parity first."""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import timm
+import torch
+from mmengine.registry import init_default_scope
+from mmseg.registry import MODELS
+from prettytable import PrettyTable
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from .._version import __version__
+from ..errors import UserError
+from ..models.volo import VOLO
+from ..ops import explain, outlook_attention
+from ..ops.reference import outlook_attention_reference
+from .segmentor import autocast, segmentor_speed
+
+HEAD_WIDTH = 32
+# Cells of the table: arch, image side, rounds. The authors' D4 at 1024 takes a minute a pass on two cores.
+FORWARD = {'d1@512': 7, 'd1@1024': 1, 'd4@512': 3, 'd4@1024': 1}
+TRAIN = {'d1@512': 5, 'd1@1024': 1, 'd4@512': 1}
+ROUNDS_ON_GPU = 7
+# A train step of the authors' mathematics at 1024 wants more memory than a small machine has.
+TOO_LARGE_FOR_A_CPU = {'train step d1@1024': ['authors']}
+OPERATOR = {'d1@512': (1, 64, 64, 6), 'd4@1024': (1, 128, 128, 12)}  # B, H, W, N of a layer
+ACTIVATIONS = ['d1@512', 'd4@512']
+INFERENCE_PEAK = 'd1@1024'
+PARITY = ['d1', 'd4'], (96, 128)
+# What we aim at: (against timm, against the authors' mathematics). Times: at least; memory: at most.
+TARGETS = {
+    'cpu': {
+        'operator forward d1@512': (10, 10),
+        'operator forward + backward d1@512': (6, 6),
+        'operator forward d4@1024': (15, 15),
+        'operator forward + backward d4@1024': (9, 9),
+        'forward d1@512': (1.20, 2.0),
+        'forward d1@1024': (1.20, 3.3),
+        'forward d4@512': (1.12, 1.6),
+        'forward d4@1024': (1.15, 2.4),
+        'train step d1@512': (1.15, 2.3),
+        'train step d1@1024': (1.10, None),
+        'train step d4@512': (1.10, 1.5),
+    },
+    'cuda': {
+        'operator forward d1@512': (5, 5),
+        'operator forward + backward d1@512': (3, 3),
+        'operator forward d4@1024': (5, 5),
+        'operator forward + backward d4@1024': (3, 3),
+        'train step d1@512': (1.3, 4),
+        'train step d4@1024': (1.12, 5),
+    },
+    'memory': {
+        'activations d1@512': (0.65, 0.26),
+        'activations d4@512': (0.50, 0.20),
+        'activations d1@512, with_cp': (0.35, None),
+        'activations d4@512, with_cp': (0.16, None),
+        'inference peak d1@1024': (0.75, 0.12),
+    },
+}
+
+
+def benchmark(
+    device: str = 'auto',
+    quick: bool = False,
+    compiled: bool = False,
+    json_path: str | None = None,
+    segmentors: Sequence[str] = (),
+) -> dict:
+    """Print the table of speed and memory for this machine and return it.
+
+    A GPU runs bfloat16 under autocast, a CPU float32. No speed is measured where parity in values and gradients fails.
+
+    Args:
+        device: ``'auto'``, ``'cpu'`` or ``'cuda'``.
+        quick: fewer rounds, and on a CPU neither timm in channels_last nor compiled.
+        compiled: measure timm under ``torch.compile``, too; minutes on a CPU.
+        json_path: also write the table there.
+        segmentors: configs whose whole train step is measured where there is a GPU.
+
+    Raises:
+        UserError: the device is not there, the file cannot be written, or parity failed.
+    """
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if device == 'cuda' and not torch.cuda.is_available():
+        raise UserError('--device cuda, but torch finds no GPU; leave it out, or use --device cpu')
+    if json_path is not None and not Path(json_path).resolve().parent.is_dir():
+        raise UserError(f'--json {json_path}: no folder {Path(json_path).resolve().parent}; make it first')
+    init_default_scope('mmseg')
+    env = environment(device)
+    print('\n'.join(f'{key}: {value}' for key, value in env.items()) + f'\n{explain()}')
+
+    bench = _Bench(device, quick, compiled)
+    rows = bench.parity()
+    _print(rows, f'parity: largest error against float64, relative to the largest value ({bench.dtype_name})')
+    broken = [row['what'] for row in rows if not row['met']]
+    if broken:
+        raise UserError(f'parity failed, so no speed is measured: {", ".join(broken)}')
+    bench.find_floors()
+    tables = {'parity': rows}
+    for name, measure, title in (
+        ('operator', bench.operator, 'outlook attention: ours against the unfold form of timm and the authors'),
+        ('forward', bench.forward, 'backbone, forward'),
+        ('train step', bench.train_step, 'backbone, forward + backward'),
+        ('memory', bench.memory, 'memory'),
+    ):
+        tables[name] = measure()
+        _print(tables[name], f'{title} ({bench.dtype_name})')
+    if device == 'cuda':
+        tables['segmentors'] = [segmentor_speed(config, device) for config in segmentors]
+        _print(tables['segmentors'], 'whole train step, bfloat16 autocast, AdamW')
+    missed = [row['what'] for name, rows in tables.items() for row in rows if row.get('met') is False]
+    print(f'targets missed: {", ".join(missed) or "none"}')
+    result = dict(environment=environment(device), tables=tables)
+    if json_path is not None:
+        Path(json_path).write_text(json.dumps(result, indent=2))
+    return result
+
+
+def environment(device: str) -> dict:
+    """What the numbers depend on."""
+    processor = next(
+        (line.split(':')[1].strip() for line in _lines('/proc/cpuinfo') if line.startswith('model name')),
+        platform.processor() or platform.machine(),
+    )
+    return dict(
+        device=torch.cuda.get_device_name() if device == 'cuda' else f'{processor}, {torch.get_num_threads()} threads',
+        torch=torch.__version__,
+        timm=timm.__version__,
+        mmseg_volo=__version__,
+        load=os.getloadavg()[0],
+    )
+
+
+def paired_times(contenders: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each contender in each round; they take turns, after one unmeasured round where there are several."""
+    times = {name: [] for name in contenders}
+    warm_up = int(rounds > 1)
+    for number in range(rounds + warm_up):
+        for name, run in contenders.items():
+            _synchronise(device)
+            start = time.perf_counter()
+            run()
+            _synchronise(device)
+            if number >= warm_up:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+class LiveMemory(TorchDispatchMode):
+    """Bytes of the tensors made inside and still alive: ``live()`` now, ``peak`` at most, seen between operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {id for id, _ in map(_storage, tree_flatten((args, kwargs))[0])}
+        result = func(*args, **(kwargs or {}))
+        for key, tensor in map(_storage, tree_flatten(result)[0]):
+            if key is not None and key not in given and key not in self.storages:
+                storage = tensor.untyped_storage()
+                self.storages[key] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, self.live())
+        return result
+
+    def live(self) -> int:
+        self.storages = {key: entry for key, entry in self.storages.items() if not entry[0].expired()}
+        return sum(size for _, size in self.storages.values())
+
+
+def _storage(x: object) -> tuple[int | None, object]:
+    return (x.untyped_storage()._cdata if isinstance(x, Tensor) else None), x
+
+
+class _Bench:
+    def __init__(self, device: str, quick: bool, compiled: bool):
+        self.device, self.quick, self.compiled = device, quick, compiled
+        self.dtype = torch.bfloat16 if device == 'cuda' else torch.float32
+        self.dtype_name = 'bfloat16 autocast' if device == 'cuda' else 'float32'
+
+    def find_floors(self) -> None:
+        """Bytes and multiply-adds per second that this device reaches at best: a large copy, a large matrix product."""
+        side = 8192 if self.device == 'cuda' else 2048
+        a, b = (torch.randn(side, side, device=self.device, dtype=self.dtype) for _ in range(2))
+        source = torch.empty(2**28, dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        runs = {'copy': lambda: target.copy_(source), 'matmul': lambda: a @ b}
+        seconds = {name: min(times) for name, times in paired_times(runs, 5, self.device).items()}
+        self.bandwidth = 2 * source.nbytes / seconds['copy']
+        self.matmul_rate = side**3 / seconds['matmul']
+        print(f'floors: {self.bandwidth / 1e9:.0f} GB/s copied, {self.matmul_rate / 1e9:.0f} GMAC/s ({self.dtype})')
+
+    def operator_floor(self, shape: tuple, backward: bool) -> float:
+        """Seconds to read and write every tensor once: logits, value, out; then also grad and both gradients."""
+        B, H, W, N = shape
+        value = B * H * W * N * HEAD_WIDTH
+        logits = B * ((H + 1) // 2) * ((W + 1) // 2) * N * 81
+        elements = 5 * value + 3 * logits if backward else 2 * value + logits
+        return elements * self.dtype.itemsize / self.bandwidth
+
+    def model_floor(self, cell: str, passes: int) -> float:
+        """Seconds for the multiply-adds of the backbone alone; a train step has three times those of a forward pass."""
+        arch, side = cell.split('@')
+        with torch.device('meta'), FlopCounterMode(display=False) as counter, torch.no_grad():
+            VOLO(arch, img_size=int(side)).eval()(torch.empty(1, 3, int(side), int(side)))
+        return passes * counter.get_total_flops() / 2 / self.matmul_rate
+
+    def parity(self) -> list[dict]:
+        """Ours and timm in the measured precision, both against timm in float64: values and every gradient."""
+        rows = []
+        archs, size = PARITY
+        for shape in ((2, 13, 20, 6), *OPERATOR.values()):
+            exact, plain, ours = (
+                _operator_results(function, shape, dtype, self.device)
+                for function, dtype in (
+                    (outlook_attention_reference, torch.float64),
+                    (outlook_attention_reference, self.dtype),
+                    (outlook_attention, self.dtype),
+                )
+            )
+            for what in exact:
+                rows.append(_parity_row(f'operator {shape}: {what}', ours[what], plain[what], exact[what]))
+        for arch in archs:
+            models = self.models(arch, size)
+            x = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(self.device)
+            exact = _model_results(self.models(arch, size)['timm'].double(), self, x.double())
+            plain, ours = (_model_results(models[name], self, x) for name in ('timm', 'ours'))
+            worst = max((key for key in exact if key.startswith('d ')), key=lambda key: _error(ours[key], exact[key]))
+            for what in (*[key for key in exact if key.startswith('stage')], worst):
+                rows.append(_parity_row(f'{arch} {what}', ours[what], plain[what], exact[what]))
+        return rows
+
+    def operator(self) -> list[dict]:
+        rows = []
+        for cell, shape in OPERATOR.items():
+            runs = {
+                name: _operator_run(function, shape, self.dtype, self.device)
+                for name, function in (('ours', outlook_attention), ('timm', outlook_attention_reference))
+            }
+            for what, position in (('forward', 0), ('forward + backward', 1)):
+                times = paired_times({name: run[position] for name, run in runs.items()}, 15, self.device)
+                times['authors'] = times['timm']  # the same form
+                floor = self.operator_floor(shape, backward=position == 1)
+                rows.append(self.time_row(f'operator {what} {cell}', times, floor))
+        return rows
+
+    def forward(self) -> list[dict]:
+        rows = []
+        for cell, rounds in tqdm(FORWARD.items(), desc='forward', leave=False):
+            models, x = self.cell(cell)
+            runs = {name: (lambda model=model, x=x: self.run(model.eval(), x)) for name, model in models.items()}
+            with torch.no_grad():
+                times = paired_times(runs, self.rounds(rounds), self.device)
+            rows.append(self.time_row(f'forward {cell}', times, self.model_floor(cell, 1)))
+        return rows
+
+    def train_step(self) -> list[dict]:
+        rows = []
+        cells = dict(TRAIN, **{'d4@1024': ROUNDS_ON_GPU}) if self.device == 'cuda' else TRAIN
+        for cell, rounds in tqdm(cells.items(), desc='train step', leave=False):
+            models, x = self.cell(cell)
+            if self.device == 'cpu':
+                for name in TOO_LARGE_FOR_A_CPU.get(f'train step {cell}', []):
+                    models.pop(name)
+
+            def step(model, x=x):
+                model.zero_grad(set_to_none=True)
+                sum(y.float().square().mean() for y in self.run(model.train(), x)).backward()
+
+            runs = {name: (lambda model=model, step=step: step(model)) for name, model in models.items()}
+            times = paired_times(runs, self.rounds(rounds), self.device)
+            rows.append(self.time_row(f'train step {cell}', times, self.model_floor(cell, 3)))
+        return rows
+
+    def memory(self) -> list[dict]:
+        """What a training forward pass keeps for the backward pass, and the peak of inference."""
+        rows = []
+        for cell in ACTIVATIONS:
+            models, x = self.cell(cell, others=False)
+            kept = {name: self.bytes(model.train(), x)[0] for name, model in models.items()}
+            rows.append(_memory_row(f'activations {cell}', kept))
+            models['ours'].with_cp = True
+            checkpointed = {**kept, 'ours': self.bytes(models['ours'], x)[0]}
+            rows.append(_memory_row(f'activations {cell}, with_cp', checkpointed))
+        models, x = self.cell(INFERENCE_PEAK, others=False)
+        with torch.no_grad():
+            peaks = {name: self.bytes(model.eval(), x)[1] for name, model in models.items()}
+        return [*rows, _memory_row(f'inference peak {INFERENCE_PEAK}', peaks)]
+
+    def cell(self, cell: str, others: bool = True) -> tuple[dict[str, nn.Module], Tensor]:
+        arch, side = cell.split('@')
+        models = self.models(arch, (int(side), int(side)), others)
+        return models, torch.randn(1, 3, int(side), int(side), device=self.device)
+
+    def models(self, arch: str, size: tuple[int, int], others: bool = False) -> dict[str, nn.Module]:
+        """Contenders with equal weights, built for this size, as timm demands."""
+        torch.manual_seed(0)
+        ours = VOLO(arch, img_size=size)
+
+        def theirs(fused: bool) -> nn.Module:
+            settings = dict(type='TIMMBackbone', model_name=f'volo_{arch}_224', pretrained=False)
+            with torch.device('meta'):  # the weights come from ours
+                model = MODELS.build(dict(**settings, features_only=True, out_indices=(0, 1, 2, 3), img_size=size))
+            for module in model.modules():
+                if hasattr(module, 'fused_attn'):
+                    module.fused_attn = fused
+            inner = model.timm_model.model
+            inner.load_state_dict(ours.state_dict(), strict=False, assign=True)
+            return model
+
+        models = dict(ours=ours, timm=theirs(fused=True), authors=theirs(fused=False))
+        if others and not self.quick:
+            models['timm channels_last'] = theirs(fused=True).to(memory_format=torch.channels_last)
+        if others and self.compiled:
+            models['timm compiled'] = torch.compile(theirs(fused=True))
+        return {name: model.to(self.device) for name, model in models.items()}
+
+    def run(self, model: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+        with autocast(self.device):
+            return model(x)
+
+    def bytes(self, model: nn.Module, x: Tensor) -> tuple[int, int]:
+        """Kept after a forward pass, and its peak, apart from weights and input."""
+        if self.device == 'cuda':
+            self.run(model, x)
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            outputs = self.run(model, x)
+            kept, peak = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
+        else:
+            with LiveMemory() as memory:
+                outputs = self.run(model, x)
+                kept, peak = memory.live(), memory.peak
+        del outputs
+        return kept, peak
+
+    def rounds(self, rounds: int) -> int:
+        if self.device == 'cuda':
+            return ROUNDS_ON_GPU
+        return rounds if self.quick else 2 * rounds + 1
+
+    def time_row(self, what: str, times: dict[str, list[float]], floor: float) -> dict:
+        targets = TARGETS[self.device].get(what, (None, None))
+        median = statistics.median(times['ours'])
+        row = dict(what=what, floor=f'{floor * 1e3:.4g} ms ({floor / median:.0%})', ours=f'{median * 1e3:.4g} ms')
+        ratios = {
+            name: [theirs / ours for theirs, ours in zip(times[name], times['ours'], strict=True)] for name in times
+        }
+        for name in times:
+            if name != 'ours':
+                median = statistics.median(ratios[name])
+                row[name] = f'{median:.2f}x ({min(ratios[name]):.2f} to {max(ratios[name]):.2f})'
+        row['target'] = _targets(targets, 'at least')
+        aims = [(name, aim) for name, aim in zip(('timm', 'authors'), targets, strict=True) if aim is not None]
+        row['met'] = _met([statistics.median(ratios[name]) >= aim for name, aim in aims])
+        row['seconds'] = times
+        return row
+
+
+def _operator_run(function: Callable, shape: tuple, dtype: torch.dtype, device: str) -> tuple[Callable, Callable]:
+    """Forward without gradients, and forward + backward."""
+    logits, value, cotangent, geometry = _operator_inputs(shape, dtype, device)
+
+    def forward():
+        with torch.no_grad():
+            return function(logits, value, **geometry)
+
+    def both():
+        out = function(logits, value, **geometry)
+        return torch.autograd.grad(out, (logits, value), cotangent)
+
+    return forward, both
+
+
+def _operator_inputs(shape: tuple, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor, dict]:
+    B, H, W, N = shape
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*size):
+        return torch.randn(*size, generator=generator).to(device, dtype).requires_grad_()
+
+    logits, value = random(B, (H + 1) // 2, (W + 1) // 2, N, 9, 9), random(B, H, W, N * HEAD_WIDTH)
+    cotangent = random(B, H, W, N * HEAD_WIDTH).detach()
+    return logits, value, cotangent, dict(kernel_size=3, stride=2, scale=HEAD_WIDTH**-0.5)
+
+
+def _operator_results(function: Callable, shape: tuple, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    logits, value, cotangent, geometry = _operator_inputs(shape, dtype, device)
+    out = function(logits, value, **geometry)
+    dlogits, dvalue = torch.autograd.grad(out, (logits, value), cotangent)
+    return {'output': out.detach(), 'd logits': dlogits, 'd value': dvalue}
+
+
+def _model_results(model: nn.Module, bench: _Bench, x: Tensor) -> dict[str, Tensor]:
+    """Maps of the four stages, normalised as ours are, and the gradient of every parameter that timm has, too."""
+    model.eval()
+    outputs = model(x) if x.dtype == torch.float64 else bench.run(model, x)
+    if not isinstance(model, VOLO):
+        outputs = [nn.functional.layer_norm(y.permute(0, 2, 3, 1), y.shape[1:2]).permute(0, 3, 1, 2) for y in outputs]
+    cotangents = [torch.linspace(-1, 1, y.numel(), device=y.device, dtype=y.dtype).view(y.shape) for y in outputs]
+    sum((y * g).sum() for y, g in zip(outputs, cotangents, strict=True)).backward()
+    inner = model if isinstance(model, VOLO) else model.timm_model.model
+    gradients = {f'd {name}': p.grad for name, p in inner.named_parameters() if p.grad is not None}
+    return {**{f'stage {number}': y.detach() for number, y in enumerate(outputs)}, **gradients}
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    if not torch.isfinite(found).all():  # max() would hide a NaN
+        return float('inf')
+    return ((found.double() - exact.double()).abs().max() / exact.abs().max().clamp_min(1e-30)).item()
+
+
+def _parity_row(what: str, ours: Tensor, plain: Tensor, exact: Tensor) -> dict:
+    """A faster form may err at most twice what plain PyTorch errs, or the floor of its dtype."""
+    floor = 4e-3 if ours.dtype == torch.bfloat16 else 1e-6
+    errors = _error(ours, exact), _error(plain, exact)
+    return dict(what=what, ours=f'{errors[0]:.1e}', timm=f'{errors[1]:.1e}', met=errors[0] <= max(2 * errors[1], floor))
+
+
+def _memory_row(what: str, sizes: dict[str, int]) -> dict:
+    targets = TARGETS['memory'].get(what, (None, None))
+    ratios = {name: sizes['ours'] / size for name, size in sizes.items() if name != 'ours'}
+    return dict(
+        what=what,
+        ours=f'{sizes["ours"] / 2**20:.0f} MiB',
+        **{name: f'{ratio:.2f} of {sizes[name] / 2**20:.0f} MiB' for name, ratio in ratios.items()},
+        target=_targets(targets, 'at most'),
+        met=_met(
+            [ratios[name] <= aim for name, aim in zip(('timm', 'authors'), targets, strict=True) if aim is not None]
+        ),
+        bytes=sizes,
+    )
+
+
+def _targets(targets: tuple, word: str) -> str:
+    return ', '.join(f'{word} {aim}' for aim in targets if aim is not None)
+
+
+def _met(checks: list[bool]) -> bool | None:
+    return all(checks) if checks else None
+
+
+def _print(rows: list[dict], title: str) -> None:
+    columns = list(dict.fromkeys(key for row in rows for key in row if key not in ('seconds', 'bytes')))
+    table = PrettyTable(columns, title=title, align='l')
+    for row in rows:
+        cells = {**row, 'met': {True: 'yes', False: 'NO', None: ''}[row.get('met')]}
+        table.add_row([cells.get(column, '') for column in columns])
+    print(table, flush=True)
+
+
+def _synchronise(device: str) -> None:
+    if device == 'cuda':
+        torch.cuda.synchronize()
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,165 @@
+"""Where a train step's time and memory go: backbone, neck, heads, losses, optimizer and the data pipeline."""
+
+import tempfile
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from mmseg.registry import TRANSFORMS
+from prettytable import PrettyTable
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .benchmark import LiveMemory, environment
+from .segmentor import autocast, build_segmentor, random_batch
+
+
+def profile_step(
+    config: str, device: str = 'auto', batch: int | None = None, images: int = 20, cfg_options: dict | None = None
+) -> list[dict]:
+    """Print time and kept memory of each part of a train step, and what the data pipeline gives per worker.
+
+    Random weights and images; a GPU runs bfloat16 under autocast, a CPU float32. Each part runs forward and backward by
+    itself, after one unmeasured run.
+
+    Args:
+        batch: images per step; the config's by default.
+        images: how many images go through the data pipeline.
+
+    Returns:
+        Rows of the table, without the data pipeline.
+    """
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if device == 'cuda' and not torch.cuda.is_available():
+        raise UserError('--device cuda, but torch finds no GPU; leave it out, or use --device cpu')
+    cfg, model = build_segmentor(config, device, cfg_options)
+    batch = batch or cfg.train_dataloader.batch_size
+    height, width = cfg.crop_size
+    print('\n'.join(f'{key}: {value}' for key, value in environment(device).items()))
+
+    parts = _Parts(device)
+    x, samples = random_batch(cfg, model, batch, device)
+    maps = parts.measure('backbone', model.backbone, x, model.backbone)
+    if model.with_neck:
+        maps = parts.measure('neck', model.neck, maps, model.neck)
+    for name, head in (('decode head', model.decode_head), ('auxiliary head', model.auxiliary_head)):
+        logits = parts.measure(name, head, maps, head)
+
+        def loss(logits: Tensor, head=head) -> Tensor:
+            losses = head.loss_by_feat(logits, samples)
+            return sum(value for key, value in losses.items() if 'loss' in key)
+
+        parts.measure(f"{name}'s loss at full size", loss, logits, head)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # makes its state
+    parts.add('optimizer step (AdamW)', _timed(optimizer.step, device), 0.0, 0)
+
+    total = sum(row['forward'] + row['backward'] for row in parts.rows)
+    table = PrettyTable(['part', 'forward, s', 'backward, s', 'share', 'kept for backward, MiB'], align='l')
+    table.title = f'train step of {Path(config).stem}, {batch} x {height} x {width}'
+    for row in parts.rows:
+        share = (row['forward'] + row['backward']) / total
+        table.add_row(
+            [
+                row['part'],
+                f'{row["forward"]:.3g}',
+                f'{row["backward"]:.3g}',
+                f'{share:.0%}',
+                f'{row["kept"] / 2**20:.0f}',
+            ]
+        )
+    table.add_row(['all', f'{total:.3g} in all', '', '100%', f'{sum(row["kept"] for row in parts.rows) / 2**20:.0f}'])
+    print(table, flush=True)
+    _pipeline(cfg, images, batch / total)
+    return parts.rows
+
+
+class _Parts:
+    def __init__(self, device: str):
+        self.device, self.rows = device, []
+
+    def measure(self, part: str, run, inputs, module: nn.Module):
+        """Run forward and backward twice, note the second, and return the outputs detached."""
+        for _ in range(2):
+            module.zero_grad(set_to_none=True)
+            leaves = _detached(inputs)
+            forward, outputs = _timed(lambda leaves=leaves: self._run(run, leaves), self.device, result=True)
+            flat = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+            scalar = sum(y.float().sum() for y in flat)
+            backward = _timed(scalar.backward, self.device)
+            del scalar, flat
+        self.add(part, forward, backward, self._kept(run, inputs))
+        return _detached(outputs)
+
+    def add(self, part: str, forward: float, backward: float, kept: int) -> None:
+        self.rows.append(dict(part=part, forward=forward, backward=backward, kept=kept))
+
+    def _kept(self, run, inputs) -> int:
+        leaves = _detached(inputs)
+        if self.device == 'cuda':
+            before = torch.cuda.memory_allocated()
+            outputs = self._run(run, leaves)
+            kept = torch.cuda.memory_allocated() - before
+        else:
+            with LiveMemory() as memory:
+                outputs = self._run(run, leaves)
+                kept = memory.live()
+        del outputs
+        return kept
+
+    def _run(self, run, inputs):
+        with autocast(self.device):
+            return run(inputs)
+
+
+def _timed(run, device: str, result: bool = False):
+    if device == 'cuda':
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    value = run()
+    if device == 'cuda':
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    return (seconds, value) if result else seconds
+
+
+def _detached(tensors):
+    if isinstance(tensors, Tensor):
+        return tensors.detach().requires_grad_()
+    return tuple(_detached(tensor) for tensor in tensors)
+
+
+def _pipeline(cfg, images: int, images_per_second: float) -> None:
+    """Time of each transform on an image of the data set's size, in one process."""
+    scale = next(step['scale'] for step in cfg.train_pipeline if 'scale' in step)
+    steps = [(step['type'], TRANSFORMS.build(step)) for step in cfg.train_pipeline]
+    seconds = dict.fromkeys([name for name, _ in steps], 0.0)
+    with tempfile.TemporaryDirectory() as folder:
+        image, labels = str(Path(folder, 'image.png')), str(Path(folder, 'labels.png'))
+        generator = np.random.default_rng(0)
+        # Smooth and noisy, so that it decodes about as fast as a photograph.
+        picture = cv2.resize(generator.integers(0, 256, (64, 128, 3), np.uint8), scale, interpolation=cv2.INTER_CUBIC)
+        noise = generator.integers(0, 12, picture.shape, np.uint8)
+        cv2.imwrite(image, cv2.add(picture, noise))
+        classes = generator.integers(0, cfg.num_classes, (32, 64), np.uint8)
+        cv2.imwrite(labels, cv2.resize(classes, scale, interpolation=cv2.INTER_NEAREST))
+        for _ in range(images):
+            results = dict(img_path=image, seg_map_path=labels, seg_fields=[], reduce_zero_label=False, label_map=None)
+            for name, transform in steps:
+                start = time.perf_counter()
+                results = transform(results)
+                seconds[name] += time.perf_counter() - start
+    total = sum(seconds.values())
+    table = PrettyTable(['transform', 'ms per image', 'share'], align='l')
+    table.title = f'data pipeline, {scale[0]} x {scale[1]} PNG, one process'
+    for name, spent in seconds.items():
+        table.add_row([name, f'{spent / images * 1e3:.1f}', f'{spent / total:.0%}'])
+    rate = images / total
+    print(table)
+    print(f'{rate:.1f} images/s per worker; this device takes {images_per_second:.2f} images/s: ', end='')
+    print(f'{max(1, -(-images_per_second // rate)):.0f} workers keep it fed')

@@ -1,0 +1,131 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from mmengine.config import Config
+from torch import nn
+
+from mmseg_volo.apis import benchmark as module
+from mmseg_volo.apis.benchmark import LiveMemory, benchmark, paired_times
+from mmseg_volo.apis.profile_step import profile_step
+from mmseg_volo.apis.segmentor import largest_batch, segmentor_speed
+from mmseg_volo.apis.train import _enable_amp
+from mmseg_volo.errors import UserError
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The benchmark's own ways at sizes that cost nothing."""
+    monkeypatch.setattr(module, 'FORWARD', {'d1@32': 1})
+    monkeypatch.setattr(module, 'TRAIN', {'d1@32': 1})
+    monkeypatch.setattr(module, 'OPERATOR', {'d1@64': (1, 8, 8, 6)})
+    monkeypatch.setattr(module, 'ACTIVATIONS', ['d1@32'])
+    monkeypatch.setattr(module, 'INFERENCE_PEAK', 'd1@32')
+    monkeypatch.setattr(module, 'PARITY', (['d1'], (32, 48)))
+
+
+def test_the_table_is_printed_and_returned(small, capsys, tmp_path):
+    result = benchmark('cpu', quick=True, json_path=str(tmp_path / 'numbers.json'))
+    printed = capsys.readouterr().out
+    assert set(result['tables']) == {'parity', 'operator', 'forward', 'train step', 'memory'}
+    for row in result['tables']['forward']:
+        assert set(row['seconds']) == {'ours', 'timm', 'authors'} and row['ours'] in printed
+    assert all(row['met'] for row in result['tables']['parity'])
+    assert f'torch: {torch.__version__}' in printed and 'targets missed: none' in printed
+    assert (tmp_path / 'numbers.json').stat().st_size > 1000
+    kept, checkpointed, peak = (row['bytes'] for row in result['tables']['memory'])
+    assert checkpointed['ours'] < kept['ours'] < kept['timm'] and min(peak.values()) > 0
+
+
+def test_no_speed_is_measured_where_parity_fails(small, monkeypatch, capsys):
+    right = module.outlook_attention
+    monkeypatch.setattr(module, 'outlook_attention', lambda *args, **geometry: right(*args, **geometry) * 1.01)
+    with pytest.raises(UserError, match='parity failed, so no speed is measured: operator'):
+        benchmark('cpu', quick=True)
+    assert 'floors:' not in capsys.readouterr().out  # nor any time after them
+
+
+def test_a_nan_fails_parity():
+    exact = torch.ones(3)
+    row = module._parity_row('x', torch.tensor([1.0, float('nan'), 1.0]), exact, exact)
+    assert row['met'] is False
+
+
+def test_contenders_take_turns():
+    order = []
+    times = paired_times({name: lambda name=name: order.append(name) for name in 'ab'}, 2, 'cpu')
+    assert order == ['a', 'b'] * 3 and [len(seconds) for seconds in times.values()] == [2, 2]
+
+
+def test_live_memory_counts_what_the_backward_pass_needs():
+    x = torch.randn(1000, requires_grad=True)
+    with LiveMemory() as memory:
+        y = x.exp().sum()  # keeps the exponentials
+        kept = memory.live()
+    assert kept == 4 * 1000 + 4
+    del y
+    assert memory.live() == 0 and memory.peak == kept
+    with LiveMemory() as memory, torch.no_grad():
+        y = nn.functional.relu(x * 2)
+        assert memory.live() == y.nbytes == 4000 and memory.peak == 8000
+
+
+def test_a_whole_segmentor_is_measured(tmp_path):
+    row = segmentor_speed(str(ROOT / 'configs/volo_tiny_toy_streets.py'), 'cpu', rounds=1)
+    assert row['config'] == 'volo_tiny_toy_streets' and row['batch'] == 8
+    assert row['images/s'] == pytest.approx(8 / row['step, s'], rel=0.01) and row['hours on 8'] > 0
+
+
+@pytest.mark.parametrize('room', [1, 2, 5, 8, 23])
+def test_largest_batch_is_found_by_trying(room):
+    def step(batch):
+        if batch > room:
+            raise torch.OutOfMemoryError
+
+    assert largest_batch(step, 2) == room
+
+
+def test_profile_names_every_part_of_a_step(capsys):
+    rows = profile_step(str(ROOT / 'configs/volo_tiny_toy_streets.py'), 'cpu', 2, 2, dict(crop_size=(32, 64)))
+    assert [row['part'] for row in rows] == [
+        'backbone', 'neck', 'decode head', "decode head's loss at full size", 'auxiliary head',
+        "auxiliary head's loss at full size", 'optimizer step (AdamW)',
+    ]  # fmt: skip
+    assert all(row['forward'] > 0 for row in rows) and all(row['kept'] > 0 for row in rows[:3])
+    printed = capsys.readouterr().out
+    assert 'RandomResize' in printed and 'images/s per worker' in printed
+
+
+@pytest.mark.parametrize(
+    ('tool', 'arguments', 'sentence'),
+    [
+        ('benchmark.py', ['--json', 'nowhere/numbers.json'], 'no folder'),
+        ('profile_step.py', ['nowhere.py'], 'config not found: nowhere.py'),
+    ],
+)
+def test_wrong_arguments_end_with_one_sentence(tool, arguments, sentence):
+    result = subprocess.run(
+        [sys.executable, ROOT / 'tools' / tool, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+    assert result.returncode == 2 and sentence in result.stderr and 'Traceback' not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ('options', 'bf16', 'expected'),
+    [
+        ({}, True, ('bfloat16', 1.0)),
+        ({}, False, ('float16', 'dynamic')),
+        (dict(dtype='float16'), True, ('float16', 'dynamic')),
+        (dict(loss_scale=512.0), False, ('float16', 512.0)),
+    ],
+    ids=str,
+)
+def test_amp_takes_bfloat16_where_the_device_has_it(options, bf16, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda: bf16)
+    cfg = Config(dict(optim_wrapper=dict(type='OptimWrapper', **options)))
+    _enable_amp(cfg)
+    assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
+    assert (cfg.optim_wrapper.dtype, cfg.optim_wrapper.loss_scale) == expected
