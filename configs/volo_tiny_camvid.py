@@ -11,7 +11,7 @@ from mmseg_volo import VOLO
 
 model.update(
     data_preprocessor=dict(size=crop_size),
-    backbone=dict(type=VOLO, arch='tiny', img_size=crop_size, drop_path_rate=0.05),
+    backbone=dict(type=VOLO, arch='tiny', img_size=crop_size, drop_path_rate=0.05, recompute_activations=False),
     neck=dict(in_channels=[64, 128, 128, 128], out_channels=48),
     decode_head=dict(
         in_channels=[48, 48, 48, 48], channels=48, num_classes=num_classes, loss_decode=dict(class_weight=class_weight)
