@@ -98,6 +98,12 @@ def test_profile_names_every_part_of_a_step(capsys):
     assert 'RandomResize' in printed and 'images/s per worker' in printed
 
 
+def test_a_segmentor_without_auxiliary_head_is_profiled_too():
+    small = dict(crop_size=(32, 64), model=dict(auxiliary_head=None))
+    rows = profile_step(str(ROOT / 'configs/volo_tiny_toy_streets.py'), 'cpu', 2, 2, small)
+    assert len(rows) == 5
+
+
 @pytest.mark.parametrize(
     ('tool', 'arguments', 'sentence'),
     [

@@ -160,6 +160,21 @@ def paired_times(contenders: dict[str, Callable[[], object]], rounds: int, devic
     return times
 
 
+def peak_bytes(run: Callable[[], object], device: str) -> int:
+    """What ``run`` needs at most beyond what is there before; on a CPU with the scratch memory of torch's libraries."""
+    if device == 'cuda':
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)
+    Path('/proc/self/clear_refs').write_text('5')  # resets VmHWM
+    before = _status_bytes('VmRSS')
+    run()
+    return _status_bytes('VmHWM') - before
+
+
 class LiveMemory(TorchDispatchMode):
     """Bytes of the tensors made inside and still alive."""
 
@@ -303,7 +318,7 @@ class _Bench:
         with torch.no_grad():
             for _ in range(3):
                 for name, model in models.items():
-                    peaks[name].append(self.peak_bytes(model.eval(), x))
+                    peaks[name].append(peak_bytes(lambda model=model: self.run(model.eval(), x), self.device))
         return {name: statistics.median(sizes) for name, sizes in peaks.items()}
 
     def cell(self, cell: str, others: bool = True) -> tuple[dict[str, nn.Module], Tensor]:
@@ -345,20 +360,6 @@ class _Bench:
             kept = memory.live()
         del outputs
         return kept
-
-    def peak_bytes(self, model: nn.Module, x: Tensor) -> int:
-        """Of a forward pass, apart from weights and input; on a CPU with the scratch memory of torch's libraries."""
-        if self.device == 'cuda':
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            self.run(model, x)
-            return torch.cuda.max_memory_allocated() - before
-        ctypes.CDLL(None).malloc_trim(0)
-        Path('/proc/self/clear_refs').write_text('5')  # resets VmHWM
-        before = _status_bytes('VmRSS')
-        self.run(model, x)
-        return _status_bytes('VmHWM') - before
 
     def rounds(self, rounds: int) -> int:
         if self.device == 'cuda':

@@ -45,7 +45,10 @@ def profile_step(
     maps = parts.measure('backbone', model.backbone, x, model.backbone)
     if model.with_neck:
         maps = parts.measure('neck', model.neck, maps, model.neck)
-    for name, head in (('decode head', model.decode_head), ('auxiliary head', model.auxiliary_head)):
+    heads = {'decode head': model.decode_head}
+    if model.with_auxiliary_head:
+        heads['auxiliary head'] = model.auxiliary_head
+    for name, head in heads.items():
         logits = parts.measure(name, head, maps, head)
 
         def loss(logits: Tensor, head=head) -> Tensor:
