@@ -6,15 +6,25 @@ require_one_stack()  # before the imports below run into what it explains
 
 from ._version import __version__  # noqa: E402
 from .datasets import CamVidDataset  # noqa: E402
-from .engine import HostMemoryHook, SideBySideHook, VOLOLayerDecayConstructor  # noqa: E402
-from .models import ARCHITECTURES, VOLO  # noqa: E402
+from .engine import (  # noqa: E402
+    HostMemoryHook,
+    SegmentationMetric,
+    SideBySideHook,
+    ValidationPicturesHook,
+    VOLOLayerDecayConstructor,
+)
+from .models import ARCHITECTURES, VOLO, SlidingSegmentor, SlidingTTAModel  # noqa: E402
 
 __all__ = [
     'ARCHITECTURES',
     'VOLO',
     'CamVidDataset',
     'HostMemoryHook',
+    'SegmentationMetric',
     'SideBySideHook',
+    'SlidingSegmentor',
+    'SlidingTTAModel',
     'VOLOLayerDecayConstructor',
+    'ValidationPicturesHook',
     '__version__',
 ]

@@ -1,25 +1,37 @@
 """Label maps as pictures."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+ROWS = 256  # worked on at a time: pictures may be huge
+PIXELS = 2**20  # counted at a time: np.bincount makes them int64
 
 
 def overlay(image: np.ndarray, label: np.ndarray, palette: Sequence, opacity: float = 0.55) -> Image.Image:
     """Image ``[H, W, 3]`` uint8 RGB under the colours of ``label`` ``[H, W]``; ids without a colour stay bare."""
-    colours = np.asarray(palette, dtype=np.float32)
-    known = label < len(colours)
-    mixed = image.astype(np.float32)
-    mixed[known] = (1 - opacity) * mixed[known] + opacity * colours[label[known]]
-    return Image.fromarray(mixed.round().astype(np.uint8))
+    colours = np.asarray(palette, dtype=np.uint8)
+    picture = Image.new('RGB', label.shape[::-1])
+    for top in range(0, len(label), ROWS):
+        bare, ids = np.ascontiguousarray(image[top : top + ROWS]), label[top : top + ROWS]
+        known = ids < len(colours)
+        mixed = cv2.addWeighted(bare, 1 - opacity, colours[np.where(known, ids, 0)], opacity, 0)
+        picture.paste(Image.fromarray(np.where(known[..., None], mixed, bare)), (0, top))
+    return picture
 
 
 def with_legend(picture: Image.Image, label: np.ndarray, classes: Sequence[str], palette: Sequence) -> Image.Image:
     """The picture with a column of the classes present in ``label``, largest first, on its right."""
-    counts = np.bincount(label.ravel(), minlength=len(classes))[: len(classes)]
+    pixels = label.ravel()
+    counts = sum(
+        np.bincount(pixels[first : first + PIXELS], minlength=len(classes))[: len(classes)]
+        for first in range(0, pixels.size, PIXELS)
+    )
     present = [int(i) for i in np.argsort(-counts, kind='stable') if counts[i]]
     size = int(np.clip(picture.height / 24, 11, 40))
     font = ImageFont.load_default(size)
@@ -39,7 +51,7 @@ def with_legend(picture: Image.Image, label: np.ndarray, classes: Sequence[str],
 
 def label_png(label: np.ndarray, palette: Sequence) -> Image.Image:
     """Label map ``[H, W]`` as an indexed picture: pixel values are class ids, colours those of the palette."""
-    picture = Image.fromarray(label.astype(np.uint8))
+    picture = Image.fromarray(label.astype(np.uint8, copy=False))
     picture.putpalette(np.asarray(palette, dtype=np.uint8).ravel().tolist())
     return picture
 
@@ -54,12 +66,27 @@ def side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
     return page
 
 
+def truth_and_prediction(
+    image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, classes: Sequence[str], palette: Sequence
+) -> Image.Image:
+    """Image ``[H, W, 3]`` uint8 RGB, both label maps ``[H, W]`` over it, and the legend, in a row."""
+    page = side_by_side([Image.fromarray(image), *(overlay(image, label, palette) for label in (truth, prediction))])
+    return with_legend(page, np.concatenate([truth, prediction]), classes, palette)
+
+
 def save_whole(picture: Image.Image, path: Path) -> None:
-    """Save under a temporary name first, so that nobody finds half a picture."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f'.{path.name}.partial')
-    try:
+    """Save as PNG, whole or not at all."""
+    with whole(path) as partial:
         picture.save(partial, format='PNG')
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A name to write to, which becomes ``path`` unless something is raised, so that nobody finds half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f'.partial-{path.name}')  # of the same suffix: OpenCV goes by it
+    try:
+        yield partial
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -72,7 +72,7 @@ def scene(place: Path) -> Path:
     return sorted((place / 'toy/leftImg8bit/val').rglob('*.png'))[0]
 
 
-@pytest.mark.parametrize('tool', ['train', 'test', 'infer', 'demo', 'make_toy_streets'])
+@pytest.mark.parametrize('tool', ['train', 'test', 'infer', 'check_data', 'plot', 'demo', 'make_toy_streets'])
 def test_help_answers(tool, tmp_path):
     assert 'usage:' in run(ROOT / f'tools/{tool}.py', '--help', cwd=tmp_path)
 

@@ -1,4 +1,6 @@
 # What every run shares: one config for a CPU, one GPU and many.
+from mmseg_volo import SlidingTTAModel
+
 default_scope = 'mmseg'
 env_cfg = dict(
     cudnn_benchmark=True,
@@ -8,10 +10,10 @@ env_cfg = dict(
 sync_bn = 'torch'  # BatchNorm becomes SyncBatchNorm where there are several processes, and only there
 log_processor = dict(by_epoch=False)
 log_level = 'INFO'
-custom_hooks = [dict(type='HostMemoryHook')]
+custom_hooks = [dict(type='HostMemoryHook'), dict(type='ValidationPicturesHook')]
 load_from = None
 resume = False
 
 vis_backends = [dict(type='LocalVisBackend'), dict(type='TensorboardVisBackend')]
 visualizer = dict(type='SegLocalVisualizer', vis_backends=vis_backends, name='visualizer')
-tta_model = dict(type='SegTTAModel')
+tta_model = dict(type=SlidingTTAModel)

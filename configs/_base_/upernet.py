@@ -1,7 +1,9 @@
 # UPerNet with an auxiliary FCN head; a leaf adds backbone, neck, channels and classes.
+from mmseg_volo import SlidingSegmentor
+
 norm_cfg = dict(type='BN', requires_grad=True)
 model = dict(
-    type='EncoderDecoder',
+    type=SlidingSegmentor,
     data_preprocessor=dict(
         type='SegDataPreProcessor',
         mean=[123.675, 116.28, 103.53],

@@ -1,20 +1,12 @@
-"""A config, checked before hours are spent on it."""
+"""A config: its arguments, its file, and where its results go."""
 
 import os
 from argparse import ArgumentParser, Namespace
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 from mmengine.config import Config, DictAction
-from mmengine.logging import print_log
-from mmengine.registry import init_default_scope
-from mmseg.registry import DATASETS, TRANSFORMS
-from tqdm import tqdm
 
 from ..errors import UserError
-
-MAX_LABELS_CHECKED = 500  # per split, spread evenly: seconds, where Cityscapes' 2975 labels would take minutes
 
 
 class Options(DictAction):
@@ -56,7 +48,7 @@ def load_config(path: str, options: dict) -> Config:
     if 'data_root' in options:
         for split in ('train', 'val', 'test'):
             if cfg.get(f'{split}_dataloader'):
-                for settings in _data_sets(cfg[f'{split}_dataloader'].dataset):
+                for settings in data_sets(cfg[f'{split}_dataloader'].dataset):
                     settings['data_root'] = options['data_root']
     return cfg
 
@@ -80,69 +72,10 @@ def make_writable(folder: str | Path) -> Path:
     return folder
 
 
-def check_data(cfg: Config, splits: tuple[str, ...]) -> None:
-    """Raise ``UserError`` unless each split's folders exist and its labels are there and within the classes."""
-    if int(os.environ.get('RANK', 0)) != 0:  # one process looks for all
-        return
-    init_default_scope(cfg.get('default_scope', 'mmseg'))
-    for split in splits:
-        for settings in _data_sets(cfg[f'{split}_dataloader'].dataset):
-            root = settings.get('data_root') or ''
-            for folder in settings.get('data_prefix', {}).values():
-                if not (Path(root) / folder).is_dir():
-                    raise UserError(
-                        f'no folder {Path(root) / folder}; docs/data.md says how to make it, '
-                        'and --cfg-options data_root=FOLDER points elsewhere'
-                    )
-            _check_labels(settings, split, cfg.model.decode_head.num_classes)
-
-
-def _check_labels(settings: dict, split: str, num_classes: int) -> None:
-    pipeline = settings.get('pipeline', [])
-    dataset = DATASETS.build({**settings, 'pipeline': []})
-    load = next((TRANSFORMS.build(step) for step in pipeline if step['type'] == 'LoadAnnotations'), None)
-    if len(dataset) == 0:
-        raise UserError(f'no images for {split} under {dataset.data_root}; docs/data.md says how the folder must look')
-    classes = dataset.metainfo['classes']
-    if len(classes) != num_classes:
-        raise UserError(f'the {split} data has {len(classes)} classes, but decode_head.num_classes is {num_classes}')
-    if load is None:
-        return
-
-    def problem(index: int) -> str | None:
-        info = dataset.get_data_info(index)
-        path = info['seg_map_path']
-        if not Path(path).is_file():
-            return f'image {info["img_path"]} has no label {path}; docs/data.md says how to make it'
-        try:
-            label = load(info)['gt_seg_map']
-        except Exception as error:  # whatever the decoder raises
-            return f'label {path} cannot be read ({error})'
-        if label.ndim != 2:
-            return f'label {path} has shape {label.shape}: class ids are expected, one per pixel, not colours'
-        ids = np.flatnonzero(np.bincount(label.ravel()))
-        wrong = [int(i) for i in ids if i >= num_classes and i != dataset.ignore_index]
-        if wrong:
-            return (
-                f'label {path} has id {wrong[0]}, but there are {num_classes} classes (0 to {num_classes - 1}) '
-                f'and {dataset.ignore_index} for void; docs/data.md says how to make the labels'
-            )
-        return None
-
-    count = min(len(dataset), MAX_LABELS_CHECKED)
-    indices = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for found in tqdm(pool.map(problem, indices), f'labels of {split}', count, leave=False, delay=1):
-            if found:
-                pool.shutdown(cancel_futures=True)
-                raise UserError(found)
-    print_log(f'{split}: {len(dataset)} images, {count} labels checked, ids within {num_classes} classes', 'current')
-
-
-def _data_sets(dataset: dict) -> list[dict]:
+def data_sets(dataset: dict) -> list[dict]:
     """The data sets inside RepeatDataset, ConcatDataset and the like."""
     if 'dataset' in dataset:
-        return _data_sets(dataset['dataset'])
+        return data_sets(dataset['dataset'])
     if 'datasets' in dataset:
-        return [settings for part in dataset['datasets'] for settings in _data_sets(part)]
+        return [settings for part in dataset['datasets'] for settings in data_sets(part)]
     return [dataset]

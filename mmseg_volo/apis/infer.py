@@ -1,92 +1,125 @@
-"""Pictures in, pictures out, one call."""
+"""Pictures and videos in, labels out, one call."""
 
 import glob
 import os
 import time
 import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
+import cv2
 import mmcv
 import numpy as np
 import torch
 from mmengine.config import Config
-from mmseg.apis import inference_model, init_model
-from mmseg.registry import DATASETS
-from torch import nn
+from mmengine.dataset import Compose, pseudo_collate
+from mmseg.apis import init_model
+from mmseg.registry import DATASETS, MODELS
+from mmseg.structures import SegDataSample
+from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import UserError
 from ..models.weights import load_segmentor
-from ..pictures import label_png, overlay, save_whole, with_legend
-from .config import load_config, make_writable
+from ..pictures import label_png, overlay, save_whole, whole, with_legend
+from .config import data_sets, load_config, make_writable
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
+VIDEO_SUFFIXES = ('.mp4', '.m4v', '.mov', '.avi', '.mkv', '.webm')
+RESULTS = {'labels': 'pred', 'overlay': 'vis', 'prob': 'prob'}  # what can be saved, and its folder
+ROWS = 256  # of probabilities, made at a time
+MISCOUNTED = 0.01  # of a video's frames: some containers estimate their number
+
+
+class _Undecodable(UserError):
+    """One of the files given; the others can do without it."""
 
 
 def infer(
     config: str,
     checkpoint: str,
-    images: list[str],
+    images: Sequence[str],
     out_dir: str = 'out',
     device: str = 'auto',
+    save: Sequence[str] = ('labels', 'overlay'),
+    opacity: float = 0.55,
+    tta: bool = False,
+    half: bool = False,
     cfg_options: dict | None = None,
 ) -> list[str]:
-    """Segment pictures: ``out_dir/vis`` gets overlays with a legend, ``out_dir/pred`` indexed label maps.
+    """Segment pictures and videos, a video into an overlay alone.
 
     Args:
-        images: files, folders (their pictures, not those of subfolders) and glob patterns.
+        images: files, folders with their subfolders, and glob patterns.
         device: ``'auto'`` takes a GPU if there is one.
+        save: ``'labels'``, indexed pictures, go to ``out_dir/pred``; ``'overlay'``, with a legend, to ``out_dir/vis``;
+            ``'prob'``, float16 ``[classes, H, W]`` in NumPy's format, to ``out_dir/prob``.
+        opacity: of the colours in an overlay, from 0 to 1.
+        tta: average over the scales and flips of the config's ``tta_pipeline``.
+        half: compute in bfloat16 under autocast, in float16 on a GPU without it.
 
     Returns:
-        The files that could not be decoded, which were skipped with a warning.
+        The files that could not be decoded, or not to their end; there was a warning for each.
 
     Raises:
-        UserError: nothing to do, the only image cannot be decoded, or config, checkpoint or device cannot work.
+        UserError: nothing to do, the only file cannot be decoded, or config, checkpoint or device cannot work.
     """
-    outputs = _outputs(images)
+    if not 0 <= opacity <= 1:
+        raise UserError(f'--opacity must lie between 0 and 1, got {opacity}')
+    if tta and 'prob' in save:
+        raise UserError("--save prob does not go with --tta: mmseg's average over scales and flips keeps labels only")
+    outputs = _outputs(images, out_dir)
+    videos = [path for path in outputs if _is_video(path)]
+    if videos and 'overlay' not in save:
+        raise UserError(f'{videos[0]} is a video, which becomes an overlay only; add overlay to --save')
     cfg = load_config(config, cfg_options or {})
-    device = _device(device)
-    model = _load_model(cfg, checkpoint, device)
-    classes, palette = model.dataset_meta['classes'], model.dataset_meta['palette']
+    if tta and not {'tta_pipeline', 'tta_model'} <= set(cfg):
+        raise UserError(f'--tta needs tta_pipeline and tta_model in {config}')
+    predictor = _Predictor(cfg, checkpoint, _device(device), tta, half)
     out = make_writable(out_dir)
-    skipped, start = [], time.perf_counter()
-    for path, name in tqdm(outputs.items(), 'images', unit='image', disable=None):
-        image = _decode(path)
-        if image is None:
-            if len(outputs) == 1:
-                raise UserError(f'{path} cannot be decoded as an image')
-            tqdm.write(f'warning: {path} cannot be decoded as an image; skipped')
-            skipped.append(path)
-            continue
-        label = inference_model(model, image).pred_sem_seg.data[0].cpu().numpy()
-        picture = with_legend(overlay(image[..., ::-1], label, palette), label, classes, palette)
+    skipped, broken, start = [], [], time.perf_counter()
+    for path, name in tqdm(outputs.items(), 'files', unit='file', disable=None):
         try:
-            save_whole(picture, out / 'vis' / f'{name}.png')
-            save_whole(label_png(label, palette), out / 'pred' / f'{name}.png')
+            if path not in videos:
+                _segment_image(path, out, name, predictor, save, opacity)
+            elif not _segment_video(path, out / 'vis' / f'{name}.mp4', predictor, opacity):
+                broken.append(path)
+        except _Undecodable as error:
+            if len(outputs) == 1:
+                raise
+            tqdm.write(f'warning: {error}; skipped')
+            skipped.append(path)
         except OSError as error:
             raise UserError(f'cannot write to {out} ({error.strerror}); what was written before is whole') from None
-    done, seconds = len(outputs) - len(skipped), time.perf_counter() - start
+    what = 'images and videos' if videos else 'images'
     print(
-        f'{done} of {len(outputs)} images segmented on {device} in {seconds:.1f} s: '
-        f'overlays in {out / "vis"}, label maps in {out / "pred"}' + (f'; {len(skipped)} skipped' if skipped else '')
+        f'{len(outputs) - len(skipped)} of {len(outputs)} {what} segmented on {predictor.device} '
+        f'in {time.perf_counter() - start:.1f} s: '
+        + ', '.join(f'{kind} in {out / RESULTS[kind]}' for kind in save)
+        + (f'; {len(skipped)} skipped' if skipped else '')
+        + (f'; {len(broken)} broken off' if broken else '')
     )
-    return skipped
+    return skipped + broken
 
 
-def _outputs(images: list[str]) -> dict[str, str]:
+def _outputs(images: Sequence[str], out_dir: str) -> dict[str, str]:
     """Each input file and the name of its outputs: its stem, with as many folders before it as tell it from others."""
     files: list[str] = []
     for item in images:
         if os.path.isdir(item):
-            found = sorted(str(p) for p in Path(item).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            suffixes = IMAGE_SUFFIXES + VIDEO_SUFFIXES
+            inside = _matches(os.path.join(glob.escape(item), '**'), out_dir)
+            found = [path for path in inside if path.lower().endswith(suffixes)]
             if not found:
-                raise UserError(f'folder {item} has no images ({", ".join(IMAGE_SUFFIXES)})')
+                raise UserError(f'folder {item} has no images and no videos ({", ".join(suffixes)})')
         elif os.path.isfile(item):
             found = [item]
         else:
-            found = sorted(path for path in glob.glob(item, recursive=True) if os.path.isfile(path))
+            found = _matches(item, out_dir)
             if not found:
-                raise UserError(f'no image, folder or pattern matches {item}')
+                raise UserError(f'no image, video, folder or pattern matches {item}')
         files += found
     files = list(dict.fromkeys(files))
     stems = [Path(file).stem for file in files]
@@ -95,8 +128,24 @@ def _outputs(images: list[str]) -> dict[str, str]:
     absolute = [os.path.abspath(file) for file in files]
     common = os.path.commonpath([os.path.dirname(file) for file in absolute])
     names = [os.path.relpath(file, common) for file in absolute]
-    stems = [os.path.splitext(name)[0] for name in names]  # a.jpg and a.png in one folder keep their suffixes
-    return dict(zip(files, stems if len(set(stems)) == len(stems) else names, strict=True))
+    stems = [os.path.splitext(name)[0] for name in names]
+    count = Counter(stems)
+    telling = [name if count[stem] > 1 else stem for name, stem in zip(names, stems, strict=True)]  # a.jpg beside a.png
+    return dict(zip(files, telling if len(set(telling)) == len(telling) else names, strict=True))
+
+
+def _matches(pattern: str, out_dir: str) -> list[str]:
+    """Files that match, without what an earlier run wrote."""
+    written = [os.path.abspath(os.path.join(out_dir, folder)) for folder in RESULTS.values()]
+    return [
+        path
+        for path in sorted(glob.glob(pattern, recursive=True))
+        if os.path.isfile(path) and not any(Path(os.path.abspath(path)).is_relative_to(folder) for folder in written)
+    ]
+
+
+def _is_video(path: str) -> bool:
+    return path.lower().endswith(VIDEO_SUFFIXES)
 
 
 def _device(name: str) -> str:
@@ -110,18 +159,133 @@ def _device(name: str) -> str:
     return name
 
 
-def _load_model(cfg: Config, checkpoint: str, device: str) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # without a checkpoint mmseg guesses class names; ours follow below
-        model = init_model(cfg, checkpoint=None, device='cpu')
-    meta = load_segmentor(model, checkpoint).get('dataset_meta')
-    model.dataset_meta = meta or DATASETS.get(cfg.test_dataloader.dataset.type).METAINFO
-    return model.to(device)
+class _Predictor:
+    """The model of a config, for one decoded image (BGR, uint8 ``[H, W, 3]``) after another."""
+
+    def __init__(self, cfg: Config, checkpoint: str, device: str, tta: bool, half: bool):
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # without a checkpoint mmseg guesses class names; ours follow below
+            self.model = init_model(cfg, checkpoint=None, device='cpu')
+        meta = load_segmentor(self.model, checkpoint).get('dataset_meta')
+        meta = meta or DATASETS.get(cfg.test_dataloader.dataset.type).METAINFO
+        self.classes, self.palette = meta['classes'], meta['palette']
+        self.model.to(device)
+        self.device, self.half = device, half
+        self.tester = MODELS.build(dict(cfg.tta_model, module=self.model)) if tta else self.model
+        self.segments = hasattr(self.tester, 'segment')  # as ours does, without packing
+        steps = cfg.tta_pipeline if tta else data_sets(cfg.test_dataloader.dataset)[0].pipeline
+        self.pipeline = Compose(_on_arrays(steps, packed=not self.segments))
+
+    @torch.no_grad()
+    def labels(self, image: np.ndarray) -> np.ndarray:
+        """Labels uint8 ``[H, W]``."""
+        with self._autocast():
+            if self.segments:
+                return self._segment(image).numpy()
+            return self._test(image).pred_sem_seg.data.reshape(image.shape[:2]).byte().cpu().numpy()
+
+    @torch.no_grad()
+    def labels_and_probabilities(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Labels uint8 ``[H, W]`` and probabilities float16 ``[classes, H, W]``, one of a binary head."""
+        with self._autocast():
+            if self.segments:
+                logits = self._segment(image, logits=True)
+            else:
+                logits = self._test(image).seg_logits.data.float().cpu()
+        if self.model.out_channels == 1:
+            prob = logits.sigmoid()
+            return (prob[0] > self.model.decode_head.threshold).byte().numpy(), prob.half().numpy()
+        prob = torch.empty(logits.shape, dtype=torch.half)
+        for to, rows in zip(prob.split(ROWS, 1), logits.split(ROWS, 1), strict=True):  # never all of it in float32
+            to.copy_(rows.softmax(0))
+        return logits.argmax(0).byte().numpy(), prob.numpy()
+
+    def _segment(self, image: np.ndarray, **kwargs) -> Tensor:
+        resized = torch.from_numpy(self.pipeline(dict(img=image))['img']).permute(2, 0, 1)
+        return self.model.segment(resized, image.shape[:2], **kwargs)
+
+    def _test(self, image: np.ndarray) -> SegDataSample:
+        return self.tester.test_step(pseudo_collate([self.pipeline(dict(img=image))]))[0]
+
+    def _autocast(self) -> torch.autocast:
+        kind = torch.device(self.device).type
+        lacks_bfloat16 = kind == 'cuda' and not torch.cuda.is_bf16_supported()
+        return torch.autocast(kind, torch.float16 if lacks_bfloat16 else torch.bfloat16, enabled=self.half)
 
 
-def _decode(path: str) -> np.ndarray | None:
-    """Image as BGR, as mmseg's loader would give it, or None."""
+def _on_arrays(pipeline: Sequence[dict], packed: bool) -> list[dict]:
+    """A test pipeline for images decoded already, without labels, and without its last step unless ``packed``."""
+    left_out = ('LoadImageFromFile', 'LoadAnnotations') + (() if packed else ('PackSegInputs',))
+
+    def kept(steps: Sequence[dict]) -> list[dict]:
+        return [step for step in steps if step['type'] not in left_out]
+
+    steps = [dict(type='LoadImageFromNDArray'), *kept(pipeline)]
+    for i, step in enumerate(steps):
+        if step['type'] == 'TestTimeAug':
+            steps[i] = dict(type='TestTimeAug', transforms=[kept(group) for group in step['transforms'] if kept(group)])
+    return steps
+
+
+def _segment_image(path: str, out: Path, name: str, predictor: _Predictor, save: Sequence[str], opacity: float) -> None:
+    image = _decode(path)
+    if 'prob' in save:
+        label, prob = predictor.labels_and_probabilities(image)
+        with whole(out / 'prob' / f'{name}.npy') as partial:
+            np.save(partial, prob)
+    else:
+        label = predictor.labels(image)
+    if 'overlay' in save:
+        picture = overlay(image[..., ::-1], label, predictor.palette, opacity)
+        save_whole(with_legend(picture, label, predictor.classes, predictor.palette), out / 'vis' / f'{name}.png')
+    if 'labels' in save:
+        save_whole(label_png(label, predictor.palette), out / 'pred' / f'{name}.png')
+
+
+def _decode(path: str) -> np.ndarray:
+    """Image as BGR and uint8; 8 bit as mmseg's loader gives it, 16 bit scaled so that white stays white."""
+    problem = f'{path} cannot be decoded as an image'
     try:
-        return mmcv.imread(path)
-    except Exception:  # decoders raise as many kinds as there are damaged files
-        return None
+        image = mmcv.imread(path, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
+    except Exception as error:  # decoders raise as many kinds as there are damaged files
+        if 'MAX_IMAGE_PIXELS' in str(error):
+            problem += ': it is larger than OpenCV allows; set OPENCV_IO_MAX_IMAGE_PIXELS in the environment'
+        raise _Undecodable(problem) from None
+    if image is None:
+        raise _Undecodable(problem)
+    if image.dtype not in (np.uint8, np.uint16):
+        raise _Undecodable(f'{problem}: it holds {image.dtype}, and 8 or 16 bit are wanted')
+    return image if image.dtype == np.uint8 else cv2.convertScaleAbs(image, alpha=1 / 257)
+
+
+def _segment_video(path: str, out: Path, predictor: _Predictor, opacity: float) -> bool:
+    """Write the overlay of each frame; returns whether the video could be decoded to its end."""
+    video = cv2.VideoCapture(path)
+    expected = max(0, round(video.get(cv2.CAP_PROP_FRAME_COUNT)))
+    frames = _frames(video)
+    first = next(frames, None)
+    if first is None:
+        raise _Undecodable(f'{path} cannot be decoded as a video')
+    palette = np.asarray(predictor.palette)[:, ::-1]  # BGR, as the frames
+    progress = tqdm(chain([first], frames), Path(path).name, expected or None, unit='frame', leave=False, disable=None)
+    with whole(out) as partial:
+        rate, (width, height) = video.get(cv2.CAP_PROP_FPS), first.shape[1::-1]
+        writer = cv2.VideoWriter(str(partial), cv2.VideoWriter_fourcc(*'mp4v'), rate, (width, height))
+        if not writer.isOpened():
+            raise UserError(f'cannot write {out}: OpenCV makes no video of {width} x {height} at {rate} Hz there')
+        done = 0
+        for frame in progress:
+            writer.write(np.asarray(overlay(frame, predictor.labels(frame), palette, opacity)))
+            done += 1
+        writer.release()
+        if cv2.VideoCapture(str(partial)).get(cv2.CAP_PROP_FRAME_COUNT) != done:  # OpenCV keeps errors to itself
+            raise UserError(f'cannot write {out}: not all frames reached the disk; is it full?')
+    if done < expected * (1 - MISCOUNTED) - 1:
+        tqdm.write(f'warning: {path} breaks off after {done} of {expected} frames; {out} has these')
+        return False
+    return True
+
+
+def _frames(video: cv2.VideoCapture) -> Iterator[np.ndarray]:
+    while (frame := video.read()[1]) is not None:
+        yield frame

@@ -1,20 +1,37 @@
-"""mIoU of a checkpoint, one call."""
+"""Scores of a checkpoint, or its label maps for a benchmark's server, one call."""
 
-import json
+import hashlib
+import importlib.util
+import mmap
 import os
+import shutil
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
 import mmengine
 import mmseg
+import numpy as np
 import timm
 import torch
+from mmengine.config import Config
+from mmengine.dataset import BaseDataset
 from mmengine.dist import is_main_process
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import Runner
+from mmseg.datasets import ADE20KDataset, CityscapesDataset
 
-from ..models.weights import load_segmentor
-from .config import check_data, load_config, make_writable, set_work_dir
+from .._version import __version__
+from ..errors import UserError
+from ..models.weights import load_segmentor, local_copy
+from .check_data import check_data
+from .config import data_sets, load_config, make_writable, set_work_dir
+from .report import read_run, summary, write_results
+
+SERVER_FORMATS = {
+    'cityscapes': (CityscapesDataset, dict(type='CityscapesLabelIds', format_only=True, keep_results=True)),
+    'ade20k': (ADE20KDataset, dict(type='IoUMetric', format_only=True)),
+}
 
 
 def test(
@@ -24,23 +41,33 @@ def test(
     out: str | None = None,
     show_dir: str | None = None,
     tta: bool = False,
+    compare: str | None = None,
+    server_format: str | None = None,
     cfg_options: dict | None = None,
     launcher: str = 'none',
 ) -> dict:
-    """Measure a checkpoint on the config's test set; returns and saves ``metrics.json``.
+    """Measure a checkpoint on the config's test set; returns the mean scores, and writes them and much more.
 
     Args:
         checkpoint: of a segmentor; it must fit the config's model exactly.
-        out: folder of ``metrics.json``, the work dir by default.
+        out: folder of ``metrics.json``, ``report.html`` and what docs/measuring.md lists; the work dir by default.
         show_dir: folder for one picture per image: image, truth, prediction.
         tta: average over the scales and flips of the config's ``tta_pipeline``.
+        compare: ``metrics.json`` of another run on the same images.
+        server_format: ``'cityscapes'`` or ``'ade20k'``: instead of measuring, write label maps as that benchmark's
+            server takes them, into a folder of that name in ``out``. Needs no labels.
 
     Raises:
-        UserError: config, data or checkpoint cannot work.
+        UserError: config, data or checkpoint cannot work, or the runs cannot be compared.
     """
+    if server_format and (show_dir or compare):
+        raise UserError('--format measures nothing and looks at no labels: leave out --show-dir and --compare')
     cfg = load_config(config, cfg_options or {})
+    config_sha256 = _sha256(cfg.pretty_text.encode())  # of all that was asked for, before this run's folders are in it
     cfg.launcher = launcher
     cfg.load_from, cfg.resume = None, False
+    if server_format:
+        _leave_out_labels(cfg)
     check_data(cfg, ('test',))
     set_work_dir(cfg, config, work_dir)
     folder = make_writable(out or cfg.work_dir)
@@ -49,36 +76,126 @@ def test(
     if tta:
         cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
         cfg.model = dict(**cfg.tta_model, module=cfg.model)
+    # The default repeats images until every process has as many, and a sum would count them twice.
+    cfg.test_dataloader.sampler.round_up = False
+    if server_format:
+        unfinished = _use_server_format(cfg, server_format, folder)
+    else:
+        root = _common_folder(cfg)
+        ignore_index = data_sets(cfg.test_dataloader.dataset)[0].get('ignore_index', 255)
+        cfg.test_evaluator = dict(type='SegmentationMetric', out_dir=str(folder), root=root, ignore_index=ignore_index)
 
     runner = Runner.from_cfg(cfg)
     model = runner.model
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
     load_segmentor(model, checkpoint)
-    metrics = runner.test()
+    dataset = runner.test_dataloader.dataset
+    if server_format:
+        _check_classes(dataset, server_format)
+        runner.test()
+        if is_main_process():
+            os.replace(unfinished, folder / server_format)
+            runner.logger.info(f'{len(dataset)} label maps for the server: {folder / server_format}')
+        return {}
 
+    classes, images_sha256 = dataset.metainfo['classes'], _images_sha256(dataset, root)
+    other = read_run(compare, classes, images_sha256) if compare else None  # before the time that testing takes
+    metrics = runner.test()
     if is_main_process():
-        report = dict(
-            metrics={key: float(metrics[key]) for key in ('mIoU', 'mAcc', 'aAcc')},
-            images=len(runner.test_dataloader.dataset),
+        totals = runner.test_evaluator.metrics[0].totals
+        record = dict(
+            **summary(totals, classes),
+            images_sha256=images_sha256,
             tta=tta,
             config=str(config),
+            config_sha256=config_sha256,
             checkpoint=str(checkpoint),
+            checkpoint_sha256=_file_sha256(local_copy(str(checkpoint))),
+            seed=runner.seed,
             date=datetime.now().isoformat(timespec='seconds'),
             device=str(next(model.parameters()).device),
             versions=dict(
-                torch=torch.__version__, mmengine=mmengine.__version__, mmseg=mmseg.__version__, timm=timm.__version__
+                mmseg_volo=__version__,
+                torch=torch.__version__,
+                mmengine=mmengine.__version__,
+                mmseg=mmseg.__version__,
+                timm=timm.__version__,
+                numpy=np.__version__,
             ),
         )
-        write_whole(folder / 'metrics.json', json.dumps(report, indent=2) + '\n')
+        write_results(folder, record, totals, dataset.metainfo['palette'], other)
+        low, high = record['intervals']['mIoU']
         runner.logger.info(
-            f'mIoU {report["metrics"]["mIoU"]:.2f} on {report["images"]} images; {folder / "metrics.json"}'
+            f'mIoU {metrics["mIoU"]:.2f} (95 % interval {low:.2f} to {high:.2f}) on {totals.images} images; '
+            f'{folder / "report.html"}'
         )
     return metrics
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file under a temporary name first, so that nobody finds half of it."""
-    partial = path.with_name(path.name + '.partial')
-    partial.write_text(text)
-    os.replace(partial, path)
+def _common_folder(cfg: Config) -> str:
+    """Folder that all test images are in."""
+    roots = [
+        os.path.join(settings.get('data_root') or '', settings.get('data_prefix', {}).get('img_path', ''))
+        for settings in data_sets(cfg.test_dataloader.dataset)
+    ]
+    return os.path.commonpath([os.path.abspath(root) for root in roots])
+
+
+def _images_sha256(dataset: BaseDataset, root: str) -> str:
+    """Says whether two runs measured the same images."""
+    names = [os.path.relpath(dataset.get_data_info(i)['img_path'], root) for i in range(len(dataset))]
+    return _sha256('\n'.join(sorted(names)).encode())
+
+
+def _sha256(content: bytes | mmap.mmap) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _file_sha256(path: str) -> str:
+    with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return _sha256(content)
+
+
+def _leave_out_labels(cfg: Config) -> None:
+    """Test sets of benchmarks have none."""
+    for settings in data_sets(cfg.test_dataloader.dataset):
+        settings.get('data_prefix', {}).pop('seg_map_path', None)
+        settings.pipeline = _without_labels(settings.pipeline)
+    cfg.tta_pipeline = _without_labels(cfg.get('tta_pipeline', []))
+
+
+def _without_labels(steps: Sequence) -> list:
+    kept = []
+    for step in steps:
+        if isinstance(step, Sequence):  # the alternatives of TestTimeAug
+            kept += [alternatives] if (alternatives := _without_labels(step)) else []
+        elif step['type'] != 'LoadAnnotations':
+            inner = dict(transforms=_without_labels(step['transforms'])) if 'transforms' in step else {}
+            kept.append({**step, **inner})
+    return kept
+
+
+def _use_server_format(cfg: Config, name: str, folder: Path) -> Path:
+    """Set mmseg's writer as the evaluator; returns the folder that it fills."""
+    if (folder / name).exists():
+        raise UserError(f'{folder / name} is there already; delete it, or choose another --out')
+    if name == 'cityscapes' and importlib.util.find_spec('cityscapesscripts') is None:
+        raise UserError("--format cityscapes needs its table of ids: pip install 'mmseg-volo[cityscapes]'")
+    if name == 'ade20k':  # writes 1 to 150 where the data set counts from there
+        for settings in data_sets(cfg.test_dataloader.dataset):
+            settings.reduce_zero_label = True
+    unfinished = folder / f'.{name}.partial'
+    if is_main_process():
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+    cfg.test_evaluator = dict(**SERVER_FORMATS[name][1], output_dir=str(unfinished))
+    return unfinished
+
+
+def _check_classes(dataset: BaseDataset, name: str) -> None:
+    benchmark = SERVER_FORMATS[name][0].METAINFO['classes']
+    if tuple(dataset.metainfo['classes']) != tuple(benchmark):
+        raise UserError(
+            f'--format {name} is for its {len(benchmark)} classes, but this test set has '
+            f'{len(dataset.metainfo["classes"])} others'
+        )

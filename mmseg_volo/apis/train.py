@@ -6,7 +6,8 @@ from mmengine.runner import Runner, find_latest_checkpoint
 
 from ..errors import UserError
 from ..models.weights import local_copy, read_checkpoint
-from .config import check_data, load_config, set_work_dir
+from .check_data import check_data
+from .config import load_config, set_work_dir
 
 
 def train(

@@ -1,0 +1,84 @@
+"""Curves of training runs, one call."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from ..errors import UserError
+from ..pictures import whole
+from .config import make_writable
+
+CURVES = dict(loss='loss', lr='learning rate', mIoU='mIoU on val, %')
+
+Curve = dict[int, float]  # a value per iteration
+
+
+def plot(work_dirs: Sequence[str], out: str = 'plot.png') -> None:
+    """Draw loss, learning rate and mIoU of each work dir's newest run, with what it resumed, into one picture.
+
+    Raises:
+        UserError: nothing has been logged in a work dir, or ``out`` cannot be written.
+    """
+    if Path(out).suffix != '.png' or Path(out).is_dir():
+        raise UserError(f'--out {out} is no name for a picture; one that ends in .png is')
+    work_dirs = list(dict.fromkeys(work_dirs))
+    runs = dict(zip(_names(work_dirs), map(_curves, map(Path, work_dirs)), strict=True))
+    make_writable(Path(out).parent)
+    drawn = [key for key in CURVES if any(curves[key] for curves in runs.values())]
+    figure = Figure((8, 2.5 * len(drawn)), layout='constrained')
+    for axes, key in zip(figure.subplots(len(drawn), sharex=True, squeeze=False)[:, 0], drawn, strict=True):
+        for name, curves in runs.items():
+            steps = sorted(curves[key])
+            values = [curves[key][step] for step in steps]
+            axes.plot(steps, values, 'o-' if key == 'mIoU' else '-', label=name, markersize=4)
+        axes.set_ylabel(CURVES[key])
+        axes.grid(alpha=0.3)
+    axes.set_xlabel('iteration')
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.align_ylabels()
+    figure.axes[0].legend()
+    with whole(Path(out)) as partial:
+        figure.savefig(partial, format='png', dpi=150)
+    print(f'{out}: {", ".join(drawn)} of {", ".join(work_dirs)}')
+
+
+def _curves(work_dir: Path) -> dict[str, Curve]:
+    """The newest run's curves; before its first iteration, those of the runs it resumed."""
+    if not work_dir.is_dir():
+        raise UserError(f'no folder {work_dir}; a work dir of tools/train.py is wanted')
+    curves: dict[str, Curve] = {key: {} for key in CURVES}
+    for path in sorted(work_dir.glob('*/vis_data/scalars.json')):  # named by the time of their start
+        records = _records(path)
+        for key, earlier in curves.items():
+            run = {record['step']: record[key] for record in records if key in record}
+            start = min(run, default=float('inf')) if _resumed(path) else 0
+            curves[key] = {step: value for step, value in earlier.items() if step < start} | run
+    if not any(curves.values()):
+        raise UserError(f'{work_dir} has no scalars: nothing in {work_dir}/*/vis_data/scalars.json yet')
+    return curves
+
+
+def _records(path: Path) -> list[dict]:
+    lines = path.read_text().splitlines(keepends=True)
+    if lines and not lines[-1].endswith('\n'):  # being written
+        del lines[-1]
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise UserError(f'{path} is damaged ({error}); delete the broken line') from None
+
+
+def _resumed(scalars: Path) -> bool:
+    """Whether the run's config says so; searched, because loading a config would run it."""
+    config = scalars.with_name('config.py')
+    return config.is_file() and bool(re.search(r'^resume = True$', config.read_text(), re.MULTILINE))
+
+
+def _names(work_dirs: Sequence[str]) -> list[str]:
+    """The folders' own names, or whole paths where these are equal."""
+    names = [Path(work_dir).resolve().name for work_dir in work_dirs]
+    return names if len(set(names)) == len(names) else list(work_dirs)

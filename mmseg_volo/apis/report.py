@@ -1,0 +1,234 @@
+"""The results of a test as files: numbers, pictures, one page, and a comparison with another run."""
+
+import base64
+import csv
+import io
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
+from mmengine.logging import print_log
+from prettytable import PrettyTable
+
+from ..engine.metric import Totals, areas, category_iou, class_scores, interval, mean_scores
+from ..errors import UserError
+
+IMAGE_SCORES = 'mIoU', 'aAcc', 'mBoundaryIoU'
+NUMBERED = 20  # classes whose confusion matrix still has room for numbers
+
+
+@dataclass
+class Run:
+    """Results of another test, as ``write_results`` left them."""
+
+    path: str
+    record: dict
+    draws: dict[str, np.ndarray]
+
+
+@dataclass
+class Difference:
+    """A score here and there, and where 95 % of the replicates put their difference."""
+
+    name: str
+    here: float | None
+    there: float | None
+    low: float | None
+    high: float | None
+
+    @property
+    def verdict(self) -> str:
+        """What the interval says; nothing for a class that one of the two has no score for."""
+        if self.low is None:
+            return ''
+        return 'better' if self.low > 0 else 'worse' if self.high < 0 else 'cannot be told apart'
+
+
+def summary(totals: Totals, classes: Sequence[str]) -> dict:
+    """All scores in per cent, with intervals; None where there is nothing to measure."""
+    pixels = areas(totals.confusion)
+    draws = totals.draws()
+    bounds = interval(draws['IoU'])
+    per_class = class_scores(pixels, totals.edges)
+    categories = category_iou(totals.confusion, classes)
+    return dict(
+        metrics=_numbers(mean_scores(pixels, totals.edges)),
+        intervals={name: [_number(bound) for bound in interval(draws[name])] for name in ('mIoU', 'aAcc')},
+        images=totals.images,
+        classes=[
+            dict(
+                name=name,
+                pixels=int(pixels[1, i]),
+                **_numbers({key: values[i] for key, values in per_class.items()}),
+                IoU_interval=[_number(bound) for bound in bounds[:, i]],
+            )
+            for i, name in enumerate(classes)
+        ],
+        **(dict(categories=_numbers(categories)) if categories else {}),
+    )
+
+
+def write_results(folder: Path, record: dict, totals: Totals, palette: Sequence, other: Run | None) -> None:
+    """Write all but ``per_image.csv``, which is there, into ``folder``: numbers first, then pictures and page.
+
+    Args:
+        record: becomes ``metrics.json``: a ``summary``, and what it was measured with.
+        palette: a colour per class.
+        other: is compared with this run.
+    """
+    draws = {name: values.astype(np.float32) for name, values in totals.draws().items()}
+    archive = io.BytesIO()
+    np.savez_compressed(archive, **draws)
+    write_whole(folder / 'bootstrap.npz', archive.getvalue())
+    write_whole(folder / 'metrics.json', json.dumps(record, indent=2, allow_nan=False).encode() + b'\n')
+    differences = _differences(record, draws, other) if other else []
+    if other:
+        print_log(f'compared with {other.path}:\n{_table(differences)}', 'current')
+    confusion = _confusion_picture(totals.confusion, [row['name'] for row in record['classes']])
+    write_whole(folder / 'confusion.png', confusion)
+    write_whole(folder / 'per_class.png', _class_picture(record['classes']))
+
+    pages = Environment(
+        loader=PackageLoader('mmseg_volo', 'apis'), autoescape=True, trim_blocks=True, undefined=StrictUndefined
+    )
+    pages.filters.update(score=_written, inline=_inline, stem=lambda path: Path(path).stem)
+    html = pages.get_template('report.html.j2').render(
+        record=record,
+        palette=palette,
+        confusion=confusion,
+        differences=differences,
+        other=other,
+        examples=dict(Worst=totals.worst, Best=totals.best),
+        image_scores=IMAGE_SCORES,
+        images=_image_rows(folder / 'per_image.csv'),
+    )
+    write_whole(folder / 'report.html', html.encode())
+
+
+def read_run(path: str, classes: Sequence[str], images_sha256: str) -> Run:
+    """Read the ``metrics.json`` at ``path``, and the ``bootstrap.npz`` beside it, to compare them with this run.
+
+    Raises:
+        UserError: they are not what this tool writes, or of other classes or images than these.
+    """
+    try:
+        record = json.loads(Path(path).read_text())
+        with np.load(Path(path).with_name('bootstrap.npz')) as archive:
+            run = Run(path, record, dict(archive))
+        theirs, their_images = [row['name'] for row in record['classes']], record['images_sha256']
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f'--compare {path} needs a metrics.json of tools/test.py with its bootstrap.npz beside it '
+            f'({type(error).__name__}: {error}); measure that run again'
+        ) from None
+    if theirs != list(classes):
+        odd = sorted(set(theirs) ^ set(classes))
+        which = f'only one has {", ".join(odd[:5])}' if odd else 'in another order'
+        raise UserError(f'--compare {path} has {len(theirs)} classes, this run {len(classes)}: {which}')
+    if their_images != images_sha256:
+        raise UserError(f'--compare {path} was measured on other images; measure both runs on the same test set')
+    return run
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name first, so that nobody finds half of it."""
+    partial = path.with_name(path.name + '.partial')
+    partial.write_bytes(content)
+    os.replace(partial, path)
+
+
+def _differences(record: dict, draws: dict[str, np.ndarray], other: Run) -> list[Difference]:
+    """Means first, then classes. Replicates go in pairs: both runs drew the same images for each."""
+    rows = [
+        (name, record['metrics'][name], other.record['metrics'][name], draws[name] - other.draws[name])
+        for name in ('mIoU', 'aAcc')
+    ] + [
+        (here['name'], here['IoU'], there['IoU'], draws['IoU'][:, i] - other.draws['IoU'][:, i])
+        for i, (here, there) in enumerate(zip(record['classes'], other.record['classes'], strict=True))
+    ]
+    return [Difference(*row, *map(_number, interval(pairs))) for *row, pairs in rows]
+
+
+def _table(differences: list[Difference]) -> PrettyTable:
+    table = PrettyTable(['score', 'here', 'there', 'difference', '95 % interval', 'so here is'])
+    table.align = 'r'
+    table.align['score'] = 'l'
+    for row in differences:
+        gain = None if row.low is None else row.here - row.there
+        bounds = f'{_written(row.low)} to {_written(row.high)}'
+        table.add_row([row.name, _written(row.here), _written(row.there), _written(gain), bounds, row.verdict])
+    return table
+
+
+def _image_rows(path: Path) -> list[tuple[str, list[float | None]]]:
+    with path.open(newline='') as file:
+        return [
+            (row['image'], [float(row[key]) if row[key] else None for key in IMAGE_SCORES])
+            for row in csv.DictReader(file)
+        ]
+
+
+def _confusion_picture(confusion: np.ndarray, classes: Sequence[str]) -> bytes:
+    """PNG: of the pixels of a class (row), how many per cent are taken for which class (column)."""
+    count = len(classes)
+    rows = confusion.sum(1, keepdims=True)
+    shares = np.ma.masked_where(np.repeat(rows == 0, count, axis=1), 100 * confusion / np.maximum(rows, 1))
+    side = 3 + 0.3 * count if count <= NUMBERED else 5 + 0.13 * count
+    font = 8 if count <= NUMBERED else 5
+    figure = Figure(figsize=(side, side))
+    axes = figure.subplots()
+    axes.set_facecolor('lightgrey')  # classes that the truth lacks
+    axes.imshow(shares, cmap='Blues', vmin=0, vmax=100)
+    axes.set_xticks(range(count), classes, rotation=90, fontsize=font)
+    axes.set_yticks(range(count), classes, fontsize=font)
+    axes.set_xlabel('prediction')
+    axes.set_ylabel('truth')
+    if count <= NUMBERED:
+        for (y, x), share in np.ndenumerate(shares.filled(0)):
+            if share >= 1:
+                axes.text(x, y, f'{share:.0f}', ha='center', va='center', fontsize=6, color='w' if share > 60 else 'k')
+    return _png(figure)
+
+
+def _class_picture(rows: Sequence[dict]) -> bytes:
+    """PNG: IoU of each class, and its interval."""
+    known = [row for row in rows if row['IoU'] is not None]
+    values = np.array([row['IoU'] for row in known])
+    low, high = np.array([row['IoU_interval'] for row in known]).T
+    figure = Figure(figsize=(7, 1 + 0.22 * len(known)))
+    axes = figure.subplots()
+    axes.barh([row['name'] for row in known], values, xerr=np.clip([values - low, high - values], 0, None), capsize=2)
+    axes.tick_params(axis='y', labelsize=7)
+    axes.invert_yaxis()
+    axes.margins(y=0.01)
+    axes.set_xlim(0, 100)
+    axes.set_xlabel('IoU, per cent, with its 95 % interval')
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format='png', bbox_inches='tight', dpi=110)
+    return buffer.getvalue()
+
+
+def _inline(picture: bytes) -> str:
+    kind = 'png' if picture.startswith(b'\x89PNG') else 'jpeg'
+    return f'data:image/{kind};base64,{base64.b64encode(picture).decode()}'
+
+
+def _written(value: float | None) -> str:
+    return '–' if value is None else f'{value:.2f}'
+
+
+def _number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _numbers(values: dict[str, float]) -> dict[str, float | None]:
+    return {name: _number(value) for name, value in values.items()}

@@ -1,0 +1,197 @@
+"""Segmentor that tests images of any size in memory that does not grow with their area."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from mmengine.logging import print_log
+from mmengine.structures import PixelData
+from mmseg.models import EncoderDecoder, SegTTAModel
+from mmseg.registry import MODELS
+from mmseg.structures import SegDataSample
+from torch import Tensor
+
+from ..errors import UserError
+
+ROWS = 64  # of the label map, made at a time
+WINDOWS_ON_A_GPU, WINDOWS_ON_A_CPU = 8, 1  # in a batch; a CPU is busy with one
+
+
+@MODELS.register_module()
+class SlidingSegmentor(EncoderDecoder):
+    """mmseg's ``EncoderDecoder``, tested in batches of windows and rows of logits.
+
+    Windows lie where mmseg's ``slide_inference`` puts them. Each is normalised by itself, and rows become labels
+    as soon as no further window covers them, so that neither the normalised image nor its logits ever exist as a whole.
+
+    ``test_cfg``, besides mmseg's ``mode``, ``crop_size`` and ``stride``:
+        batch_size: windows at a time; 8 on a GPU and 1 on a CPU by default, halved when device memory runs out.
+        weighting: how overlapping windows are averaged: ``'uniform'`` as in mmseg, or ``'hann'``, which trusts the
+            middle of a window more than its border and leaves no seams.
+        logits: also return ``seg_logits`` (float32, classes x area) with each prediction.
+    """
+
+    def __init__(self, *args, test_cfg: dict, data_preprocessor: dict, **kwargs):
+        super().__init__(*args, test_cfg=test_cfg, data_preprocessor=data_preprocessor, **kwargs)
+        weighting = self.test_cfg.get('weighting', 'uniform')
+        if weighting not in ('uniform', 'hann'):
+            raise UserError(f"test_cfg.weighting must be 'uniform' or 'hann', got {weighting!r}")
+        if self.test_cfg.mode == 'slide':
+            crop, stride = self.test_cfg.crop_size, self.test_cfg.stride
+            if any(not 0 < s <= c for s, c in zip(stride, crop, strict=True)):
+                raise UserError(f'test_cfg.stride must lie between 1 and crop_size {tuple(crop)}, got {tuple(stride)}')
+        if self.data_preprocessor.test_cfg:
+            raise UserError('data_preprocessor.test_cfg pads images, which VOLO does by itself; leave it out')
+        self.window_batch = self.test_cfg.get('batch_size')
+
+    @torch.no_grad()
+    def test_step(self, data: dict) -> list[SegDataSample]:
+        """Predict for images as the data pipeline packs them."""
+        samples = data['data_samples']
+        for image, sample in zip(data['inputs'], samples, strict=True):
+            result = self.segment(image, sample.ori_shape, self.test_cfg.get('logits', False))
+            if sample.metainfo.get('flip'):
+                result = result.flip(-1 if sample.flip_direction == 'horizontal' else -2)
+            if result.dim() == 3:
+                sample.set_data(dict(seg_logits=PixelData(data=result)))
+                result = self._labels(result)
+            sample.set_data(dict(pred_sem_seg=PixelData(data=result[None])))
+        return samples
+
+    val_step = test_step
+
+    @torch.no_grad()
+    def segment(self, image: Tensor, size: tuple[int, int], logits: bool = False) -> Tensor:
+        """Labels uint8 ``[H, W]`` of one image, on the CPU, or its logits float32 ``[classes, H, W]``.
+
+        Args:
+            image: uint8 ``[3, h, w]``, in the channel order of ``data_preprocessor``, on any device.
+            size: (H, W) of the result; logits are resized to it as in mmseg, rows at a time.
+        """
+        strips = self._windows(image) if self.test_cfg.mode == 'slide' else iter([self._logits([image])[0]])
+        rows = _resized(strips, tuple(image.shape[-2:]), tuple(size), self.align_corners)
+        if logits:
+            return torch.cat([row.float().cpu() for row in rows], dim=1)
+        labels = torch.empty(size, dtype=torch.uint8 if self.out_channels <= 256 else torch.int64)
+        top = 0
+        for row in rows:
+            labels[top : top + row.shape[1]] = self._labels(row)
+            top += row.shape[1]
+        return labels
+
+    def _labels(self, logits: Tensor) -> Tensor:
+        if self.out_channels == 1:
+            return (logits[0].sigmoid() > self.decode_head.threshold).byte()
+        labels = logits.argmax(0)
+        return labels.byte() if self.out_channels <= 256 else labels
+
+    def _logits(self, images: list[Tensor]) -> Tensor:
+        inputs = self.data_preprocessor(dict(inputs=images))['inputs']
+        return self.encode_decode(inputs, [dict(img_shape=inputs.shape[-2:])] * len(inputs))
+
+    def _windows(self, image: Tensor) -> Iterator[Tensor]:
+        """Averaged logits ``[classes, n, w]``, from the top, n rows at a time."""
+        height, width = image.shape[-2:]
+        crop = [min(side, length) for side, length in zip(self.test_cfg.crop_size, (height, width), strict=True)]
+        tops, lefts = (_starts(*args) for args in zip((height, width), crop, self.test_cfg.stride, strict=True))
+        weight = self._weight(crop)
+        sums = weights = None  # of the rows from ``top`` on that windows have covered so far
+        top = tops[0]
+        places = [(y, x) for y in tops for x in lefts]
+        for (y, x), logits in zip(places, self._batches(image, places, crop), strict=True):
+            if sums is None:
+                sums = logits.new_zeros(len(logits), crop[0], width, dtype=torch.float32)
+                weights = torch.zeros_like(sums[:1])
+                weight = weight.to(sums)
+            if y > top:  # nothing below covers the rows above y
+                done = y - top
+                for rows, total in zip(sums[:, :done].split(ROWS, 1), weights[:, :done].split(ROWS, 1), strict=True):
+                    yield rows / total
+                for buffer in (sums, weights):
+                    buffer[:, : crop[0] - done] = buffer[:, done:].clone()
+                    buffer[:, crop[0] - done :] = 0
+                top = y
+            sums[:, :, x : x + crop[1]] += logits * weight
+            weights[:, :, x : x + crop[1]] += weight
+        for rows, total in zip(sums.split(ROWS, 1), weights.split(ROWS, 1), strict=True):
+            yield rows / total
+
+    def _batches(self, image: Tensor, places: list[tuple[int, int]], crop: list[int]) -> Iterator[Tensor]:
+        """Logits of each window, computed ``window_batch`` at a time, fewer where the device's memory does not do."""
+        if self.window_batch is None:
+            on_gpu = self.data_preprocessor.device.type == 'cuda'
+            self.window_batch = WINDOWS_ON_A_GPU if on_gpu else WINDOWS_ON_A_CPU
+        first = 0
+        while first < len(places):
+            batch = places[first : first + self.window_batch]
+            try:
+                logits = self._logits([image[:, y : y + crop[0], x : x + crop[1]] for y, x in batch])
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                self.window_batch = len(batch) // 2
+                print_log(f'out of device memory: {self.window_batch} windows at a time from here on', 'current')
+                torch.cuda.empty_cache()
+                continue
+            yield from logits
+            first += len(batch)
+
+    def _weight(self, crop: list[int]) -> Tensor:
+        if self.test_cfg.get('weighting', 'uniform') == 'uniform':
+            return torch.ones(crop)
+        rows, columns = (torch.hann_window(side + 2, periodic=False)[1:-1] for side in crop)  # without its zeros
+        return rows[:, None] * columns
+
+
+@MODELS.register_module()
+class SlidingTTAModel(SegTTAModel):
+    """mmseg's average over scales and flips, which needs the logits of each."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.module.test_cfg.logits = True
+
+
+def _starts(length: int, crop: int, stride: int) -> list[int]:
+    """First row or column of each window, as in mmseg: the last one ends with the image."""
+    steps = max(length - crop + stride - 1, 0) // stride
+    return [min(step * stride, length - crop) for step in range(steps + 1)]
+
+
+def _resized(
+    strips: Iterator[Tensor], size: tuple[int, int], out: tuple[int, int], align_corners: bool
+) -> Iterator[Tensor]:
+    """Strips ``[C, n, w]`` of a map of ``size``, bilinearly resized to strips of a map of ``out``.
+
+    The rows between two rows need both of them, and no others.
+    """
+    if size == out:
+        for strip in strips:
+            yield from strip.split(ROWS, 1)
+        return
+    above, below, fraction = _neighbours(size[0], out[0], align_corners)
+    top = done = 0
+    kept: Tensor | None = None  # rows from ``top`` on
+    for strip in strips:
+        kept = strip if kept is None else torch.cat([kept, strip], 1)
+        ready = int(torch.searchsorted(below, top + kept.shape[1]))  # rows of ``out`` whose neighbours are all here
+        for first in range(done, ready, ROWS):
+            rows = slice(first, min(first + ROWS, ready))
+            upper, lower = (kept[:, (index[rows] - top).to(kept.device)].float() for index in (above, below))
+            mixed = torch.lerp(upper, lower, fraction[rows, None].to(kept.device))
+            yield F.interpolate(mixed[None], (mixed.shape[1], out[1]), mode='bilinear', align_corners=align_corners)[0]
+        done = ready
+        if done < out[0]:
+            passed = min(int(above[done]) - top, kept.shape[1])
+            kept, top = kept[:, passed:], top + passed
+
+
+def _neighbours(length: int, out: int, align_corners: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row of ``out``: the rows above and below it among ``length`` rows, and its way from the upper one."""
+    rows = torch.arange(out, dtype=torch.float64)
+    if align_corners:
+        position = rows * (length - 1) / max(out - 1, 1)
+    else:
+        position = ((rows + 0.5) * length / out - 0.5).clamp(min=0)
+    above = position.floor().long().clamp(max=length - 1)
+    return above, (above + 1).clamp(max=length - 1), (position - above).float()

@@ -1,0 +1,414 @@
+"""Pictures and videos in, labels out."""
+
+import resource
+import runpy
+import shutil
+import struct
+import sys
+import tracemalloc
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import cv2
+import mmcv
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from mmengine.dataset import pseudo_collate
+from mmengine.registry import init_default_scope
+from mmseg.registry import DATASETS, MODELS
+from PIL import Image, ImageOps
+
+from mmseg_volo.apis import infer
+from mmseg_volo.apis.config import load_config
+from mmseg_volo.datasets.toy_streets import make_toy_streets
+from mmseg_volo.errors import UserError
+from mmseg_volo.pictures import label_png, overlay, with_legend
+
+CONFIG = str(ROOT / 'configs/volo_tiny_toy_streets.py')
+SIZE = WIDTH, HEIGHT = 96, 64
+SLIDE = {
+    'model.test_cfg.mode': 'slide',
+    'model.test_cfg.crop_size': (64, 64),
+    'model.test_cfg.stride': (48, 48),
+}
+BINARY = {
+    'model.decode_head.num_classes': 2,
+    'model.decode_head.out_channels': 1,
+    'model.decode_head.loss_decode.use_sigmoid': True,
+}
+PALETTE = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory) -> Path:
+    """A folder with toy streets."""
+    folder = tmp_path_factory.mktemp('place')
+    make_toy_streets(folder / 'toy', train=1, val=2, size=SIZE)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def checkpoint(place) -> str:
+    return saved(place / 'random.pth', {})
+
+
+def saved(path: Path, options: dict) -> str:
+    """A checkpoint of random weights that tell several classes apart."""
+    init_default_scope('mmseg')
+    torch.manual_seed(0)
+    model = MODELS.build(load_config(CONFIG, options).model)
+    torch.nn.init.normal_(model.decode_head.conv_seg.weight, std=1.0)
+    meta = DATASETS.get('CityscapesDataset').METAINFO
+    torch.save(dict(state_dict=model.state_dict(), meta=dict(dataset_meta=meta)), path)
+    return str(path)
+
+
+def scenes(place: Path) -> list[Path]:
+    return sorted((place / 'toy/leftImg8bit/val').rglob('*.png'))
+
+
+def expected(place: Path, checkpoint: str, options: dict, tta: bool = False) -> list[np.ndarray]:
+    """Labels of the val scenes as the test loop makes them."""
+    cfg = load_config(CONFIG, {'data_root': str(place / 'toy'), **options})
+    init_default_scope('mmseg')
+    model = MODELS.build(cfg.model).eval()
+    model.load_state_dict(torch.load(checkpoint)['state_dict'])
+    if tta:
+        cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+        model = MODELS.build(dict(**cfg.tta_model, module=model)).eval()
+    dataset = DATASETS.build(cfg.test_dataloader.dataset)
+    with torch.no_grad():
+        samples = [model.test_step(pseudo_collate([dataset[i]]))[0] for i in range(len(dataset))]
+    return [sample.pred_sem_seg.data.numpy().reshape(HEIGHT, WIDTH) for sample in samples]
+
+
+def labels(out: Path, names: list[str]) -> list[np.ndarray]:
+    return [np.asarray(Image.open(out / 'pred' / f'{name}.png')) for name in names]
+
+
+@pytest.mark.parametrize(
+    ('options', 'tta'),
+    [({}, False), (SLIDE, False), ({'model.type': 'EncoderDecoder'}, False), (SLIDE, True)],
+    ids=['whole', 'slide', 'plain EncoderDecoder', 'tta'],
+)
+def test_labels_are_those_of_the_test_loop(place, checkpoint, tmp_path, options, tta):
+    paths = scenes(place)
+    infer(CONFIG, checkpoint, [str(p) for p in paths], str(tmp_path), save=['labels'], tta=tta, cfg_options=options)
+    found, exact = labels(tmp_path, [p.stem for p in paths]), expected(place, checkpoint, options, tta)
+    assert len(np.unique(exact)) > 3
+    assert np.array_equal(found, exact)
+    assert not (tmp_path / 'vis').exists()
+
+
+@pytest.mark.parametrize('options', [{}, {'model.type': 'EncoderDecoder'}, BINARY], ids=['ours', 'plain', 'binary'])
+def test_probabilities_sum_to_one_and_agree_with_the_labels(place, checkpoint, tmp_path, options):
+    if options is BINARY:
+        checkpoint = saved(tmp_path / 'binary.pth', options)
+    path = scenes(place)[0]
+    infer(CONFIG, checkpoint, [str(path)], str(tmp_path), save=['prob', 'labels'], cfg_options=options)
+    prob, [label] = np.load(tmp_path / f'prob/{path.stem}.npy'), labels(tmp_path, [path.stem])
+    assert prob.dtype == np.float16
+    if options is BINARY:
+        assert prob.shape == (1, HEIGHT, WIDTH) and 0 < label.mean() < 1
+        assert label[prob[0] > 0.31].all() and not label[prob[0] < 0.29].any()  # mmseg's threshold is 0.3
+    else:
+        assert prob.shape == (19, HEIGHT, WIDTH)
+        np.testing.assert_allclose(prob.sum(0, dtype=np.float32), 1, atol=5e-3)
+        assert np.array_equal(np.take_along_axis(prob, label[None].astype(int), 0)[0], prob.max(0))
+        infer(CONFIG, checkpoint, [str(path)], str(tmp_path / 'alone'), save=['labels'], cfg_options=options)
+        assert np.array_equal(labels(tmp_path / 'alone', [path.stem])[0], label)
+
+
+def test_half_precision_is_close_and_not_the_same(place, checkpoint, tmp_path):
+    path = scenes(place)[0]
+    for half in (False, True):
+        infer(CONFIG, checkpoint, [str(path)], str(tmp_path / str(half)), save=['prob'], half=half)
+    single, half = (np.load(tmp_path / str(half) / f'prob/{path.stem}.npy').astype(float) for half in (False, True))
+    assert 0 < np.abs(single - half).mean() < 0.01
+
+
+# Files of all kinds. At opacity 0 an overlay is the image as it was decoded.
+
+
+def street(place: Path) -> Image.Image:
+    return Image.open(scenes(place)[0])
+
+
+def turned(image: Image.Image, orientation: int) -> dict:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return dict(exif=exif.tobytes())
+
+
+def save_deep(image: Image.Image, path: Path) -> None:
+    """With 16 bit, of which the high byte alone is up to 1 more than the nearest of 8 bit."""
+    pixels = np.asarray(image) if image.mode == 'L' else np.asarray(image)[..., ::-1]
+    cv2.imwrite(str(path), (pixels.astype(int) * 257 + 120).clip(max=65535).astype(np.uint16))
+
+
+def translucent(image: Image.Image) -> Image.Image:
+    image = image.copy()
+    image.putalpha(100)
+    return image
+
+
+KINDS: dict[str, Callable[[Image.Image, Path], object]] = {
+    'plain.png': lambda image, path: image.save(path),
+    'plain.jpg': lambda image, path: image.save(path, quality=90),
+    'plain.bmp': lambda image, path: image.save(path),
+    'plain.webp': lambda image, path: image.save(path),
+    'plain.tif': lambda image, path: image.save(path),
+    'grey.png': lambda image, path: image.convert('L').save(path),
+    'bilevel.png': lambda image, path: image.convert('1').save(path),
+    'grey_alpha.png': lambda image, path: image.convert('LA').save(path),
+    'rgba.png': lambda image, path: translucent(image).save(path),
+    'palette.png': lambda image, path: image.quantize(16).save(path),
+    'palette_transparent.png': lambda image, path: image.quantize(16).save(path, transparency=0),
+    'cmyk.jpg': lambda image, path: image.convert('CMYK').save(path, quality=95),
+    'cmyk.tif': lambda image, path: image.convert('CMYK').save(path),
+    'upside_down.jpg': lambda image, path: image.save(path, **turned(image, 3)),
+    'on_its_side.jpg': lambda image, path: image.save(path, **turned(image, 6)),
+    'on_its_side.png': lambda image, path: image.save(path, **turned(image, 8)),
+    'mirrored.tif': lambda image, path: image.save(path, **turned(image, 5)),
+    'deep.png': save_deep,
+    'deep.tif': save_deep,
+    'deep_grey.png': lambda image, path: save_deep(image.convert('L'), path),
+}
+
+
+@pytest.fixture(scope='module')
+def seen(place, checkpoint) -> Path:
+    """Every kind of file, and what becomes of it."""
+    (place / 'kinds').mkdir()
+    for name, save in KINDS.items():
+        save(street(place), place / 'kinds' / name)
+    assert infer(CONFIG, checkpoint, [str(place / 'kinds')], str(place / 'seen'), opacity=0) == []
+    return place / 'seen'
+
+
+def named(name: str) -> str:
+    """What becomes of a file is called by its stem, unless another has the same."""
+    stem = Path(name).stem
+    return f'{name}.png' if sum(Path(other).stem == stem for other in KINDS) > 1 else f'{stem}.png'
+
+
+def decoded(seen: Path, name: str, width: int, height: int) -> np.ndarray:
+    """The overlay without its legend."""
+    return np.asarray(Image.open(seen / 'vis' / named(name)).crop((0, 0, width, height)))
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_every_kind_of_file_is_seen_as_a_viewer_shows_it(place, seen, name):
+    source = Image.open(place / 'kinds' / name)
+    if name.startswith('deep'):
+        source = street(place).convert('L' if 'grey' in name else 'RGB')  # PIL has no 16 bit colours
+    shown = ImageOps.exif_transpose(source).convert('RGB')
+    tolerance = 2 if name.endswith('.jpg') else 0  # decoders round, each in its own way
+    assert np.abs(decoded(seen, name, *shown.size).astype(int) - shown).max() <= tolerance
+    assert Image.open(seen / 'pred' / named(name)).size == shown.size
+
+
+@pytest.mark.parametrize('name', [name for name in KINDS if not name.startswith('deep')])
+def test_what_has_8_bit_is_decoded_as_in_training(place, seen, name):
+    trained_on = mmcv.imread(place / 'kinds' / name)[..., ::-1]
+    height, width = trained_on.shape[:2]
+    assert np.array_equal(decoded(seen, name, width, height), trained_on)
+
+
+def test_numbers_that_are_no_colours_are_refused(place, checkpoint, tmp_path):
+    cv2.imwrite(str(tmp_path / 'heights.tif'), np.random.default_rng(0).random((8, 8, 3), np.float32))
+    with pytest.raises(UserError, match=r'heights\.tif cannot be decoded as an image: it holds float32'):
+        infer(CONFIG, checkpoint, [str(tmp_path / 'heights.tif')], str(tmp_path / 'out'))
+
+
+def test_a_picture_larger_than_opencv_allows_names_the_way_out(checkpoint, tmp_path):
+    content = b'\x89PNG\r\n\x1a\n'
+    for kind, data in ((b'IHDR', struct.pack('>IIBBBBB', 40000, 40000, 8, 0, 0, 0, 0)), (b'IDAT', b''), (b'IEND', b'')):
+        content += struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+    (tmp_path / 'huge.png').write_bytes(content)
+    with pytest.raises(UserError, match=r'huge\.png cannot be decoded .*; set OPENCV_IO_MAX_IMAGE_PIXELS'):
+        infer(CONFIG, checkpoint, [str(tmp_path / 'huge.png')], str(tmp_path / 'out'))
+
+
+# Which files, and what their results are called.
+
+
+def test_a_folder_means_its_subfolders_and_not_what_an_earlier_run_wrote(place, checkpoint, tmp_path):
+    folder = tmp_path / 'pictures'
+    for name in ('a.png', 'left/b.PNG', 'left/deep/a.png', 'left/deep/a.bmp', 'left/notes.txt'):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(scenes(place)[0], folder / name)
+    elsewhere = tmp_path / 'elsewhere'
+    elsewhere.mkdir()
+    shutil.copy(scenes(place)[0], elsewhere / 'c.png')
+    (folder / 'linked').symlink_to(elsewhere)
+    for images in ([str(folder)], [str(folder), str(folder / '**/*.png')]):
+        assert infer(CONFIG, checkpoint, images, str(folder)) == []
+        for kind in ('pred', 'vis'):
+            names = {str(path.relative_to(folder / kind)) for path in (folder / kind).rglob('*') if path.is_file()}
+            assert names == {'a.png', 'left/b.png', 'left/deep/a.png.png', 'left/deep/a.bmp.png', 'linked/c.png'}
+
+
+def test_an_empty_folder_says_so_and_nothing_is_written(checkpoint, tmp_path):
+    (tmp_path / 'empty/within').mkdir(parents=True)
+    with pytest.raises(UserError, match=r'folder .*empty has no images and no videos \(\.jpg, .*\.mp4'):
+        infer(CONFIG, checkpoint, [str(tmp_path / 'empty')], str(tmp_path / 'out'))
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (dict(opacity=1.5), '--opacity must lie between 0 and 1, got 1.5'),
+        (dict(opacity=float('nan')), 'got nan'),
+        (dict(tta=True, save=['prob']), '--save prob does not go with --tta'),
+        (dict(save=['labels']), r'drive\.mp4 is a video, which becomes an overlay only'),
+    ],
+)
+def test_wishes_that_cannot_be_met(tmp_path, arguments, message):
+    (tmp_path / 'drive.mp4').touch()
+    with pytest.raises(UserError, match=message):
+        infer(CONFIG, 'never_read.pth', [str(tmp_path / 'drive.mp4')], str(tmp_path / 'out'), **arguments)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_tta_that_the_config_does_not_have(place, tmp_path):
+    (tmp_path / 'bare.py').write_text('model = dict()')
+    with pytest.raises(UserError, match=r'--tta needs tta_pipeline and tta_model in .*bare\.py'):
+        infer(str(tmp_path / 'bare.py'), 'never_read.pth', [str(scenes(place)[0])], str(tmp_path / 'out'), tta=True)
+
+
+# Videos
+
+
+def film(place: Path, path: Path, frames: int) -> Path:
+    codec = cv2.VideoWriter_fourcc(*('MJPG' if path.suffix == '.avi' else 'mp4v'))
+    writer = cv2.VideoWriter(str(path), codec, 12.5, SIZE)
+    images = [cv2.imread(str(scene)) for scene in scenes(place)]
+    for i in range(frames):
+        writer.write(images[i % len(images)])
+    writer.release()
+    return path
+
+
+def frames_of(path: Path) -> list[np.ndarray]:
+    video = cv2.VideoCapture(str(path))
+    frames = []
+    while (frame := video.read()[1]) is not None:
+        frames.append(frame)
+    return frames
+
+
+@pytest.mark.parametrize('name', ['drive.mp4', 'drive.avi'])
+def test_a_video_becomes_an_overlay_of_as_many_frames_and_the_same_rate(place, checkpoint, tmp_path, name):
+    source = film(place, tmp_path / name, 7)
+    assert infer(CONFIG, checkpoint, [str(source)], str(tmp_path / 'out'), opacity=0.9) == []
+    made = tmp_path / 'out/vis/drive.mp4'
+    assert [path.name for path in (tmp_path / 'out').rglob('*') if path.is_file()] == ['drive.mp4']
+    assert cv2.VideoCapture(str(made)).get(cv2.CAP_PROP_FPS) == 12.5
+    before, after = frames_of(source), frames_of(made)
+    assert len(before) == len(after) == 7 and before[0].shape == after[0].shape
+    for i in (0, 1):
+        cv2.imwrite(str(tmp_path / f'{i}.png'), before[i])
+    infer(CONFIG, checkpoint, [str(tmp_path)], str(tmp_path / 'out'), save=['overlay'], opacity=0.9)
+    stills = [cv2.imread(str(tmp_path / f'out/vis/{i}.png'))[:, :WIDTH].astype(int) for i in (0, 1)]
+    for i in range(7):
+        candidates = stills[i % 2], stills[1 - i % 2], stills[i % 2][..., ::-1]
+        own, other, swapped = (np.abs(after[i] - candidate).mean() for candidate in candidates)
+        assert 2 * own < min(other, swapped)  # MPEG-4 blurs
+
+
+def test_a_video_is_read_frame_by_frame(place, checkpoint, tmp_path):
+    peaks = []
+    for frames in (4, 16):
+        source = film(place, tmp_path / f'{frames}.avi', frames)
+        with traced() as peak:
+            infer(CONFIG, checkpoint, [str(source)], str(tmp_path / 'out'))
+        peaks.append(peak[0])
+    assert peaks[1] - peaks[0] < 4 * WIDTH * HEIGHT * 3
+
+
+def test_of_a_video_that_breaks_off_the_beginning_is_kept(place, checkpoint, tmp_path, capsys):
+    source = film(place, tmp_path / 'drive.avi', 10)
+    source.write_bytes(source.read_bytes()[: source.stat().st_size // 2])
+    assert infer(CONFIG, checkpoint, [str(source)], str(tmp_path / 'out')) == [str(source)]
+    kept = len(frames_of(tmp_path / 'out/vis/drive.mp4'))
+    output = capsys.readouterr().out
+    assert 2 < kept < 8
+    assert f'drive.avi breaks off after {kept} of 10 frames' in output and '1 broken off' in output
+
+
+@pytest.mark.parametrize(('size', 'message'), [(0, 'no video of 96 x 64 at 12.5 Hz'), (10_000, 'is it full')])
+def test_a_full_disk_leaves_no_half_a_video(place, checkpoint, tmp_path, size, message):
+    source = film(place, tmp_path / 'drive.avi', 12)
+    with small_disk(size), pytest.raises(UserError, match=rf'cannot write .*drive\.mp4: .*{message}'):
+        infer(CONFIG, checkpoint, [str(source)], str(tmp_path / 'out'))
+    assert list((tmp_path / 'out/vis').iterdir()) == []
+
+
+@contextmanager
+def small_disk(size: int) -> Iterator[None]:
+    """No file may grow beyond ``size``; Python ignores the signal, so that writing fails as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_the_tool_takes_it_all_and_exits_with_1_for_what_it_skipped(place, checkpoint, tmp_path, monkeypatch, capsys):
+    shutil.copy(scenes(place)[0], tmp_path / 'a.png')
+    (tmp_path / 'broken.mp4').write_bytes(b'no video')
+    (tmp_path / 'broken.jpg').write_bytes(b'no picture')
+    arguments = [CONFIG, checkpoint, str(tmp_path), '--out-dir', str(tmp_path / 'out'), '--device', 'cpu', '--half']
+    arguments += ['--save', 'overlay', 'prob', '--opacity', '0.3']
+    monkeypatch.setattr(sys, 'argv', ['infer.py', *arguments])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / 'tools/infer.py'), run_name='__main__')
+    assert end.value.code == 1
+    output = capsys.readouterr().out
+    assert 'broken.mp4 cannot be decoded as a video; skipped' in output
+    assert 'broken.jpg cannot be decoded as an image; skipped' in output
+    assert '1 of 3 images and videos segmented on cpu' in output
+    files = {str(path.relative_to(tmp_path / 'out')) for path in (tmp_path / 'out').rglob('*') if path.is_file()}
+    assert files == {'vis/a.png', 'prob/a.npy'}
+
+
+# Huge pictures
+
+
+@contextmanager
+def traced() -> Iterator[list[int]]:
+    """Most bytes that Python and NumPy held at once."""
+    tracemalloc.start()
+    peak: list[int] = []
+    try:
+        yield peak
+        peak.append(tracemalloc.get_traced_memory()[1])
+    finally:
+        tracemalloc.stop()
+
+
+def test_drawing_holds_no_further_copy_of_a_huge_picture():
+    image = np.zeros((2000, 3000, 3), np.uint8)
+    label = np.arange(6_000_000).reshape(2000, 3000).astype(np.uint8)
+    with traced() as peak:
+        picture = overlay(image[..., ::-1], label, PALETTE)
+        with_legend(picture, label, 'abc', PALETTE)
+        label_png(label, PALETTE)
+    assert peak[0] < 12_000_000  # 36 million as float32 or int64
+
+
+@pytest.mark.parametrize('opacity', [0, 0.3, 1])
+def test_strips_of_a_high_picture_are_mixed_as_the_whole(opacity):
+    generator = np.random.default_rng(0)
+    image = generator.integers(0, 256, (700, 5, 3), np.uint8)
+    label = generator.integers(0, 4, (700, 5))  # 3 has no colour
+    exact = image * (1 - opacity) + PALETTE[label.clip(max=2)] * opacity
+    exact[label == 3] = image[label == 3]
+    np.testing.assert_allclose(np.asarray(overlay(image, label, PALETTE, opacity)), exact, atol=0.501)

@@ -1,0 +1,349 @@
+import base64
+import csv
+import hashlib
+import importlib.util
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing
+from conftest import ROOT
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmseg.apis import inference_model, init_model
+from mmseg.registry import MODELS
+from PIL import Image
+
+from mmseg_volo import CamVidDataset, apis
+from mmseg_volo.apis.report import read_run, summary, write_results
+from mmseg_volo.datasets.toy_streets import make_toy_streets
+from mmseg_volo.engine.metric import Totals, areas, mean_scores
+from mmseg_volo.errors import UserError
+
+CONFIG = ROOT / 'configs/volo_tiny_toy_streets.py'
+WORKERS = {'test_dataloader.num_workers': 0, 'test_dataloader.persistent_workers': False}
+
+
+def random_checkpoint(path: Path, **options) -> Path:
+    """A segmentor of the tiny config with random weights, which sees a little of everything."""
+    cfg = Config.fromfile(CONFIG)
+    cfg.merge_from_dict(options)
+    init_default_scope('mmseg')
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model)
+    for norm in model.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.momentum = 1
+    with torch.no_grad():
+        model.train()(torch.randn(2, 3, 64, 96), mode='tensor')  # or it would see one class only
+    torch.save(model.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp('report')
+    make_toy_streets(folder / 'toy', train=1, val=3, size=(96, 64))
+    random_checkpoint(folder / 'model.pth')
+    return folder
+
+
+def run(place: Path, name: str, checkpoint: str = 'model.pth', data: str = 'toy', options: dict | None = None, **more):
+    """``apis.test`` into ``place / name``."""
+    return apis.test(
+        str(CONFIG),
+        str(place / checkpoint),
+        work_dir=str(place / 'work'),
+        out=str(place / name),
+        cfg_options={'data_root': str(place / data), **WORKERS, **(options or {})},
+        **more,
+    )
+
+
+@pytest.fixture(scope='module')
+def measured(place) -> Path:
+    """What a test leaves."""
+    run(place, 'measured')
+    return place / 'measured'
+
+
+@pytest.fixture(scope='module')
+def record(measured) -> dict:
+    return json.loads((measured / 'metrics.json').read_text())
+
+
+def test_a_test_leaves_numbers_pictures_and_a_page(measured):
+    names = {path.name for path in measured.iterdir()}
+    pictures = {'confusion.png', 'per_class.png'}
+    assert names == {'metrics.json', 'bootstrap.npz', 'per_image.csv', 'report.html', *pictures}
+    for name in pictures:
+        assert Image.open(measured / name).width > 300
+
+
+def test_metrics_json_says_what_was_measured_with_what(place, record):
+    assert set(record['metrics']) == {'mIoU', 'mAcc', 'aAcc', 'fwIoU', 'mBoundaryIoU'}
+    for name in ('mIoU', 'aAcc'):
+        low, high = record['intervals'][name]
+        assert 0 <= low <= high <= 100
+    classes = {row['name']: row for row in record['classes']}
+    assert len(classes) == 19 and len(record['categories']) == 7
+    absent = [row for row in classes.values() if row['IoU'] is None]
+    assert absent and all(row['IoU_interval'] == [None, None] and row['pixels'] == 0 for row in absent)
+    assert classes['road']['pixels'] > 0 and classes['road']['Acc'] == classes['road']['Recall']
+    assert record['images'] == 3 and record['tta'] is False and record['device'] == 'cpu'
+    assert record['config'] == str(CONFIG) and isinstance(record['seed'], int)
+    assert record['checkpoint_sha256'] == hashlib.sha256((place / 'model.pth').read_bytes()).hexdigest()
+    assert {'torch', 'mmengine', 'mmseg', 'mmseg_volo'} <= set(record['versions'])
+
+
+def test_a_changed_option_changes_the_configs_hash(place, record):
+    run(place, 'other_options', options={'model.test_cfg.mode': 'whole', 'randomness.seed': 5})
+    other = json.loads((place / 'other_options/metrics.json').read_text())
+    assert other['config_sha256'] != record['config_sha256'] and other['seed'] == 5
+    assert other['metrics'] == record['metrics'] and other['images_sha256'] == record['images_sha256']
+
+
+def test_the_page_needs_nothing_else(measured, record):
+    html = (measured / 'report.html').read_text()
+    sources = re.findall(r'(?:src|href)="([^"]*)"', html)
+    pictures = [base64.b64decode(re.fullmatch(r'data:image/(?:png|jpeg);base64,(.*)', source)[1]) for source in sources]
+    assert len(pictures) == 1 + 2 * 3 * 4  # confusion; worst and best, of which there are three each, in four pictures
+    assert all(Image.open(io.BytesIO(picture)).width <= 640 for picture in pictures[1:])
+    assert 'http' not in html and '@import' not in html
+    for name in ('mIoU', 'aAcc'):
+        assert f'{record["metrics"][name]:.2f}' in html
+        assert '{:.2f} to {:.2f}'.format(*record['intervals'][name]) in html
+    assert all(row['name'] in html for row in record['classes'])
+
+
+def test_several_processes_measure_the_same(place, measured, record):
+    # By fork, with gloo: mmengine's launchers take no CPU.
+    torch.multiprocessing.start_processes(_one_of_two, (place,), nprocs=2, start_method='fork')
+    two = json.loads((place / 'two/metrics.json').read_text())
+    for key in ('images', 'metrics', 'intervals', 'classes', 'images_sha256'):  # 3 images: 2 and 1
+        assert two[key] == record[key], key
+    assert {path.name for path in (place / 'two').iterdir()} == {path.name for path in measured.iterdir()}
+    assert (place / 'two/per_image.csv').read_text() == (measured / 'per_image.csv').read_text()
+
+
+def _one_of_two(rank: int, place: Path) -> None:
+    torch.distributed.init_process_group('gloo', init_method=f'file://{place}/store', rank=rank, world_size=2)
+    run(place, 'two')
+    torch.distributed.destroy_process_group()
+
+
+# Comparison
+
+
+def test_a_run_cannot_be_told_apart_from_itself(place, measured, capfd):
+    run(place, 'again', compare=str(measured / 'metrics.json'))
+    printed = capfd.readouterr()
+    table = [line for line in (printed.out + printed.err).splitlines() if line.startswith('| mIoU ')]
+    assert len(table) == 1 and '0.00 to 0.00 | cannot be told apart' in table[0]
+    html = (place / 'again/report.html').read_text()
+    assert 'Compared with volo_tiny_toy_streets' in html and str(measured / 'metrics.json') in html
+
+
+def write_made_up(folder: Path, errors: float, images: str = 'same', classes=CamVidDataset.METAINFO['classes']) -> dict:
+    """Results of 40 images whose cars, 8, are right and whose skies, 0, are taken for buildings, 1, now and then."""
+    rng = np.random.default_rng(0)
+    totals = Totals.of(len(classes))
+    for i in range(40):
+        confusion = np.zeros((len(classes), len(classes)), np.int64)
+        confusion[8, 8] = 100
+        confusion[0, 1] = 1000 * errors * rng.uniform(0.1, 1)
+        confusion[0, 0] = 1000 - confusion[0, 1]
+        totals.add(str(i), confusion, areas(confusion))
+    record = dict(
+        **summary(totals, classes), images_sha256=images, config='made_up.py', date='today', versions=dict(torch='2')
+    )
+    record |= dict.fromkeys(('config_sha256', 'checkpoint', 'checkpoint_sha256', 'tta', 'seed', 'device'))
+    folder.mkdir()
+    (folder / 'per_image.csv').write_text('image,mIoU,aAcc,mBoundaryIoU\na<b>.png,1,2,\n')
+    return dict(folder=folder, record=record, totals=totals, palette=CamVidDataset.METAINFO['palette'])
+
+
+def test_small_differences_show_when_they_are_the_same_way_in_all_images(tmp_path):
+    write_results(**write_made_up(tmp_path / 'there', 0.30), other=None)
+    here = write_made_up(tmp_path / 'here', 0.28)
+    other = read_run(str(tmp_path / 'there/metrics.json'), CamVidDataset.METAINFO['classes'], 'same')
+    low, high = here['record']['intervals']['aAcc']
+    assert low < other.record['metrics']['aAcc'] < high  # each interval for itself does not tell them apart
+    write_results(**here, other=other)
+    html = (tmp_path / 'here/report.html').read_text()
+    rows = {
+        row[0]: row[1:]
+        for row in re.findall(r'<tr><td>(.*?)<td>(.*?)<td>(.*?)\s*<td>(.*?)<td>.*\s*<td class="(.*?)">', html)
+    }
+    assert rows['sky'][3] == rows['mIoU'][3] == 'better' and rows['car'] == (
+        '100.00',
+        '100.00',
+        '0.00',
+        'cannot be told apart',
+    )
+    gain = here['record']['classes'][0]['IoU'] - other.record['classes'][0]['IoU']
+    assert rows['sky'][2] == f'{gain:.2f}'
+    assert rows['fence'] == ('–', '–', '–', '')  # nowhere in either
+    assert 'a&lt;b&gt;.png' in html
+
+
+@pytest.mark.parametrize(
+    ('spoil', 'message'),
+    [
+        (lambda folder: (folder / 'metrics.json').unlink(), 'FileNotFoundError'),
+        (lambda folder: (folder / 'bootstrap.npz').unlink(), 'FileNotFoundError'),
+        (lambda folder: (folder / 'bootstrap.npz').write_bytes(b'half'), 'needs a metrics.json'),
+        (lambda folder: (folder / 'metrics.json').write_text('{"metrics": {}}'), "KeyError: 'classes'"),
+        (lambda folder: (folder / 'metrics.json').write_text('[]'), 'needs a metrics.json'),
+        (lambda folder: (folder / 'metrics.json').write_text('mIoU 43'), 'JSONDecodeError'),
+    ],
+    ids=['no file', 'no replicates', 'broken replicates', 'older file', 'list', 'no JSON'],
+)
+def test_comparing_with_what_is_no_result(spoil, message, tmp_path):
+    write_results(**write_made_up(tmp_path / 'there', 0.3), other=None)
+    spoil(tmp_path / 'there')
+    with pytest.raises(UserError, match=f'--compare .*metrics.json .*{message}.*measure that run again'):
+        read_run(str(tmp_path / 'there/metrics.json'), CamVidDataset.METAINFO['classes'], 'same')
+
+
+def test_comparing_with_other_classes_or_images(tmp_path):
+    write_results(**write_made_up(tmp_path / 'there', 0.3), other=None)
+    path = str(tmp_path / 'there/metrics.json')
+    with pytest.raises(UserError, match='has 11 classes, this run 2: only one has bicyclist, '):
+        read_run(path, ['sky', 'building'], 'same')
+    with pytest.raises(UserError, match='in another order'):
+        read_run(path, CamVidDataset.METAINFO['classes'][::-1], 'same')
+    with pytest.raises(UserError, match='measured on other images'):
+        read_run(path, CamVidDataset.METAINFO['classes'], 'others')
+
+
+def test_many_classes_and_none_at_all_can_be_drawn(tmp_path):
+    many = [f'class {i}' for i in range(150)]
+    made_up = write_made_up(tmp_path / 'many', 0.3, classes=many)
+    write_results(**{**made_up, 'palette': [[i, i, i] for i in range(150)]}, other=None)
+    assert Image.open(tmp_path / 'many/confusion.png').width < 4000
+    assert np.isnan(mean_scores(areas(np.zeros((3, 3))), np.zeros((3, 3)))['mIoU'])
+
+
+# Formats of servers
+
+
+def predictions(options: dict, checkpoint: Path, folder: Path) -> dict[str, np.ndarray]:
+    """Label maps by mmseg's own call, by name."""
+    cfg = Config.fromfile(CONFIG)
+    cfg.merge_from_dict(options)
+    model = init_model(cfg, device='cpu')
+    model.load_state_dict(torch.load(checkpoint))
+    paths = sorted((folder / 'leftImg8bit/val').rglob('*.png'))
+    return {path.name: inference_model(model, str(path)).pred_sem_seg.data[0].numpy() for path in paths}
+
+
+@pytest.fixture(scope='module')
+def unlabelled(place) -> Path:
+    """A test set as benchmarks publish it."""
+    shutil.copytree(place / 'toy/leftImg8bit', place / 'unlabelled/leftImg8bit')
+    return place / 'unlabelled'
+
+
+def test_cityscapes_server_gets_label_ids_and_needs_no_labels(place, unlabelled):
+    labels = pytest.importorskip('cityscapesscripts.helpers.labels', reason='no cityscapesscripts')
+    assert run(place, 'server', data='unlabelled', server_format='cityscapes') == {}
+    expected = predictions({}, place / 'model.pth', unlabelled)
+    written = {path.name: np.array(Image.open(path)) for path in (place / 'server/cityscapes').iterdir()}
+    assert written.keys() == expected.keys() and {path.name for path in (place / 'server').iterdir()} == {'cityscapes'}
+    for name, ids in written.items():
+        back = np.vectorize(lambda i: labels.id2label[i].trainId)(ids)
+        assert np.array_equal(back, expected[name])
+
+
+ADE20K = {'model.decode_head.num_classes': 150, 'model.auxiliary_head.num_classes': 150}
+
+
+def test_ade20k_server_gets_classes_from_1(place, unlabelled):
+    random_checkpoint(place / 'ade20k.pth', **ADE20K)
+    data = {'test_dataloader.dataset.type': 'ADE20KDataset', 'test_dataloader.dataset.img_suffix': '_leftImg8bit.png'}
+    options = {**ADE20K, **data}
+    run(place, 'server_ade20k', 'ade20k.pth', 'unlabelled', options, server_format='ade20k')
+    expected = predictions(ADE20K, place / 'ade20k.pth', unlabelled)
+    written = {path.name: np.array(Image.open(path)) for path in (place / 'server_ade20k/ade20k').iterdir()}
+    assert written.keys() == expected.keys()
+    for name, ids in written.items():
+        assert np.array_equal(ids, expected[name] + 1) and ids.max() <= 150
+
+
+def test_a_servers_label_maps_can_be_averaged_over_views(place, unlabelled):
+    pytest.importorskip('cityscapesscripts', reason='no cityscapesscripts')
+    run(place, 'server_tta', data='unlabelled', server_format='cityscapes', tta=True)
+    assert len(list((place / 'server_tta/cityscapes').iterdir())) == 3
+
+
+def test_format_with_what_does_not_go_with_it(place, unlabelled, monkeypatch):
+    with pytest.raises(UserError, match='measures nothing.*--compare'):
+        run(place, 'no', server_format='cityscapes', compare='metrics.json')
+    with pytest.raises(UserError, match='for its 150 classes, but this test set has 19 others'):
+        run(place, 'no', data='unlabelled', server_format='ade20k')
+    (place / 'full/cityscapes').mkdir(parents=True)
+    with pytest.raises(UserError, match='full/cityscapes is there already; delete it'):
+        run(place, 'full', data='unlabelled', server_format='cityscapes')
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'mmseg-volo\[cityscapes\]'"):
+        run(place, 'no', data='unlabelled', server_format='cityscapes')
+
+
+# In a browser
+
+FLAGS = [
+    *('--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run'),
+    *('--disable-background-networking', '--disable-component-update', '--disable-sync'),
+]
+
+
+@pytest.fixture(scope='module')
+def browser():
+    playwright = pytest.importorskip('playwright.sync_api', reason='no playwright')
+    chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+    if chromium is None:
+        pytest.skip('no Chromium: apt-get install chromium')
+    with playwright.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=chromium, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+def test_a_click_on_a_heading_sorts_the_images(browser, measured, tmp_path):
+    page = browser.new_page()
+    complaints = []
+    page.on('console', lambda message: complaints.append(message.text))
+    page.on('pageerror', lambda error: complaints.append(str(error)))
+    page.goto((measured / 'report.html').as_uri())
+    with (measured / 'per_image.csv').open() as file:
+        scores = {row['image']: float(row['mIoU']) for row in csv.DictReader(file)}
+    assert len(set(scores.values())) == 3
+    names, heading = '#images tbody td:first-child', '#images th:nth-child(2) button'
+    assert page.locator(names).all_inner_texts() == list(scores)
+    upwards = sorted(scores, key=scores.get)
+    for expected in (upwards, upwards[::-1]):
+        page.locator(heading).click()
+        assert page.locator(names).all_inner_texts() == expected
+    page.locator('#classes th:nth-child(2) button').click()
+    shown = page.locator('#classes tbody td:nth-child(2)').all_inner_texts()
+    numbers = [float(text) for text in shown if text != '–']
+    assert numbers == sorted(numbers) and shown[len(numbers) :] == ['–'] * (19 - len(numbers))  # last in any order
+    page.screenshot(path=tmp_path / 'report.png', full_page=True)
+    assert Image.open(tmp_path / 'report.png').height > 1000
+    assert complaints == []
+
+
+@pytest.mark.parametrize('width', [390, 1280])
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+def test_the_page_fits_a_phone_and_follows_the_colour_scheme(browser, measured, width, scheme):
+    page = browser.new_page(viewport=dict(width=width, height=844), color_scheme=scheme)
+    page.goto((measured / 'report.html').as_uri())
+    assert page.evaluate('document.documentElement.scrollWidth') == width  # nothing but tables scrolls sideways
+    red = int(re.search(r'\d+', page.evaluate('getComputedStyle(document.body).backgroundColor'))[0])
+    assert (red < 64) == (scheme == 'dark')
