@@ -266,8 +266,8 @@ ADE20K = {'model.decode_head.num_classes': 150, 'model.auxiliary_head.num_classe
 
 def test_ade20k_server_gets_classes_from_1(place, unlabelled):
     random_checkpoint(place / 'ade20k.pth', **ADE20K)
-    data = {'test_dataloader.dataset.type': 'ADE20KDataset', 'test_dataloader.dataset.img_suffix': '_leftImg8bit.png'}
-    options = {**ADE20K, **data}
+    data = dict(type='ADE20KDataset', img_suffix='_leftImg8bit.png', reduce_zero_label=False)
+    options = {**ADE20K, **{f'test_dataloader.dataset.{key}': value for key, value in data.items()}}
     run(place, 'server_ade20k', 'ade20k.pth', 'unlabelled', options, server_format='ade20k')
     expected = predictions(ADE20K, place / 'ade20k.pth', unlabelled)
     written = {path.name: np.array(Image.open(path)) for path in (place / 'server_ade20k/ade20k').iterdir()}
@@ -287,6 +287,7 @@ def test_format_with_what_does_not_go_with_it(place, unlabelled, monkeypatch):
         run(place, 'no', server_format='cityscapes', compare='metrics.json')
     with pytest.raises(UserError, match='for its 150 classes, but this test set has 19 others'):
         run(place, 'no', data='unlabelled', server_format='ade20k')
+    assert list((place / 'no').iterdir()) == []
     (place / 'full/cityscapes').mkdir(parents=True)
     with pytest.raises(UserError, match='full/cityscapes is there already; delete it'):
         run(place, 'full', data='unlabelled', server_format='cityscapes')

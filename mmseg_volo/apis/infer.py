@@ -34,7 +34,7 @@ MISCOUNTED = 0.01  # of a video's frames: some containers estimate their number
 
 
 class _Undecodable(UserError):
-    """One of the files given; the others can do without it."""
+    """A file that cannot be decoded, which keeps nobody from the others."""
 
 
 def infer(
@@ -82,7 +82,7 @@ def infer(
     skipped, broken, start = [], [], time.perf_counter()
     for path, name in tqdm(outputs.items(), 'files', unit='file', disable=None):
         try:
-            if path not in videos:
+            if not _is_video(path):
                 _segment_image(path, out, name, predictor, save, opacity)
             elif not _segment_video(path, out / 'vis' / f'{name}.mp4', predictor, opacity):
                 broken.append(path)
@@ -121,7 +121,7 @@ def _outputs(images: Sequence[str], out_dir: str) -> dict[str, str]:
             if not found:
                 raise UserError(f'no image, video, folder or pattern matches {item}')
         files += found
-    files = list(dict.fromkeys(files))
+    files = list({os.path.abspath(file): file for file in files}.values())
     stems = [Path(file).stem for file in files]
     if len(set(stems)) == len(stems):
         return dict(zip(files, stems, strict=True))

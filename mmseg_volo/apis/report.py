@@ -42,8 +42,13 @@ class Difference:
     high: float | None
 
     @property
+    def gain(self) -> float | None:
+        """How much more is here; None for a class that one of the two has no score for."""
+        return None if self.low is None else self.here - self.there
+
+    @property
     def verdict(self) -> str:
-        """What the interval says; nothing for a class that one of the two has no score for."""
+        """What the interval says of here."""
         if self.low is None:
             return ''
         return 'better' if self.low > 0 else 'worse' if self.high < 0 else 'cannot be told apart'
@@ -96,7 +101,7 @@ def write_results(folder: Path, record: dict, totals: Totals, palette: Sequence,
     pages = Environment(
         loader=PackageLoader('mmseg_volo', 'apis'), autoescape=True, trim_blocks=True, undefined=StrictUndefined
     )
-    pages.filters.update(score=_written, inline=_inline, stem=lambda path: Path(path).stem)
+    pages.filters.update(score=_written, bounds=_written_bounds, inline=_inline, stem=lambda path: Path(path).stem)
     html = pages.get_template('report.html.j2').render(
         record=record,
         palette=palette,
@@ -159,9 +164,8 @@ def _table(differences: list[Difference]) -> PrettyTable:
     table.align = 'r'
     table.align['score'] = 'l'
     for row in differences:
-        gain = None if row.low is None else row.here - row.there
-        bounds = f'{_written(row.low)} to {_written(row.high)}'
-        table.add_row([row.name, _written(row.here), _written(row.there), _written(gain), bounds, row.verdict])
+        bounds = _written_bounds((row.low, row.high))
+        table.add_row([row.name, _written(row.here), _written(row.there), _written(row.gain), bounds, row.verdict])
     return table
 
 
@@ -224,6 +228,11 @@ def _inline(picture: bytes) -> str:
 
 def _written(value: float | None) -> str:
     return '–' if value is None else f'{value:.2f}'
+
+
+def _written_bounds(bounds: Sequence[float | None]) -> str:
+    low, high = bounds
+    return _written(None) if low is None else f'{low:.2f} to {high:.2f}'
 
 
 def _number(value: float) -> float | None:

@@ -20,6 +20,7 @@ from mmengine.dist import is_main_process
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import Runner
 from mmseg.datasets import ADE20KDataset, CityscapesDataset
+from mmseg.registry import DATASETS
 
 from .._version import __version__
 from ..errors import UserError
@@ -92,7 +93,6 @@ def test(
     load_segmentor(model, checkpoint)
     dataset = runner.test_dataloader.dataset
     if server_format:
-        _check_classes(dataset, server_format)
         runner.test()
         if is_main_process():
             os.replace(unfinished, folder / server_format)
@@ -115,15 +115,9 @@ def test(
             seed=runner.seed,
             date=datetime.now().isoformat(timespec='seconds'),
             device=str(next(model.parameters()).device),
-            versions=dict(
-                mmseg_volo=__version__,
-                torch=torch.__version__,
-                mmengine=mmengine.__version__,
-                mmseg=mmseg.__version__,
-                timm=timm.__version__,
-                numpy=np.__version__,
-            ),
+            versions={module.__name__: module.__version__ for module in (torch, mmengine, mmseg, timm, np)},
         )
+        record['versions']['mmseg_volo'] = __version__
         write_results(folder, record, totals, dataset.metainfo['palette'], other)
         low, high = record['intervals']['mIoU']
         runner.logger.info(
@@ -153,7 +147,7 @@ def _sha256(content: bytes | mmap.mmap) -> str:
 
 
 def _file_sha256(path: str) -> str:
-    with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+    with Path(path).expanduser().open('rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return _sha256(content)
 
 
@@ -178,24 +172,22 @@ def _without_labels(steps: Sequence) -> list:
 
 def _use_server_format(cfg: Config, name: str, folder: Path) -> Path:
     """Set mmseg's writer as the evaluator; returns the folder that it fills."""
+    benchmark, writer = SERVER_FORMATS[name]
+    for settings in data_sets(cfg.test_dataloader.dataset):
+        classes = DATASETS.build({**settings, 'pipeline': [], 'lazy_init': True}).metainfo['classes']
+        if tuple(classes) != tuple(benchmark.METAINFO['classes']):
+            raise UserError(
+                f'--format {name} is for its {len(benchmark.METAINFO["classes"])} classes, '
+                f'but this test set has {len(classes)} others'
+            )
+        if name == 'ade20k':
+            settings.reduce_zero_label = True  # mmseg's writer then counts from 1
     if (folder / name).exists():
         raise UserError(f'{folder / name} is there already; delete it, or choose another --out')
     if name == 'cityscapes' and importlib.util.find_spec('cityscapesscripts') is None:
         raise UserError("--format cityscapes needs its table of ids: pip install 'mmseg-volo[cityscapes]'")
-    if name == 'ade20k':  # writes 1 to 150 where the data set counts from there
-        for settings in data_sets(cfg.test_dataloader.dataset):
-            settings.reduce_zero_label = True
     unfinished = folder / f'.{name}.partial'
     if is_main_process():
         shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
-    cfg.test_evaluator = dict(**SERVER_FORMATS[name][1], output_dir=str(unfinished))
+    cfg.test_evaluator = dict(**writer, output_dir=str(unfinished))
     return unfinished
-
-
-def _check_classes(dataset: BaseDataset, name: str) -> None:
-    benchmark = SERVER_FORMATS[name][0].METAINFO['classes']
-    if tuple(dataset.metainfo['classes']) != tuple(benchmark):
-        raise UserError(
-            f'--format {name} is for its {len(benchmark)} classes, but this test set has '
-            f'{len(dataset.metainfo["classes"])} others'
-        )
