@@ -51,7 +51,7 @@ def test_windows_are_averaged_as_in_mmseg(size, batch_size):
 
 
 @pytest.mark.parametrize('mode', [SLIDE, dict(mode='whole')], ids=['slide', 'whole'])
-@pytest.mark.parametrize('size', [(140, 201), (35, 47), (70, 130), (300, 100), (1, 1)])
+@pytest.mark.parametrize('size', [(140, 201), (35, 47), (1, 1)])
 @pytest.mark.parametrize('align_corners', [False, True])
 def test_logits_are_resized_as_in_mmseg(mode, size, align_corners):
     image, head = picture(70, 100), dict(align_corners=align_corners)

@@ -11,9 +11,8 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from mmseg.registry import HOOKS
 from mmseg.structures import SegDataSample
-from PIL import Image
 
-from ..pictures import overlay, save_whole, side_by_side, with_legend
+from ..pictures import save_whole, truth_and_prediction
 
 
 @HOOKS.register_module()
@@ -47,10 +46,7 @@ class SideBySideHook(Hook):
             image = mmcv.imread(sample.img_path, channel_order='rgb')
             truth = sample.gt_sem_seg.data[0].cpu().numpy().astype(np.uint8)
             prediction = sample.pred_sem_seg.data[0].cpu().numpy()
-            pictures = [overlay(image, label, meta['palette']) for label in (truth, prediction)]
-            both = np.concatenate([truth, prediction])
-            page = side_by_side([Image.fromarray(image), *pictures])
             save_whole(
-                with_legend(page, both, meta['classes'], meta['palette']),
+                truth_and_prediction(image, truth, prediction, meta['classes'], meta['palette']),
                 self.out_dir / f'{Path(sample.img_path).stem}.png',
             )
