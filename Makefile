@@ -1,8 +1,9 @@
-# make demo: toy streets, trained and looked at.  make test: everything checked.  Both install what they need into .venv.
+# make demo: toy streets, trained and looked at.  make test: everything checked.  make soak: the same for hours.
+# All install what they need into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo test soak soak-short lint format clean
 
 .venv/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "mmseg_volo needs Python 3.10 or newer; try: make PYTHON=python3.12")'
@@ -14,7 +15,18 @@ demo: .venv/installed
 	$(BIN)/python tools/demo.py
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+SOAK := bad_input bounded hostile_files kills non_finite processes same_seed
+
+soak: $(SOAK:%=soak-%)
+soak-short: $(SOAK:%=short-%)
+
+$(SOAK:%=soak-%): soak-%: .venv/installed
+	$(BIN)/python tests/soak/$*.py
+
+$(SOAK:%=short-%): short-%: .venv/installed
+	$(BIN)/python tests/soak/$*.py --short
 
 lint: .venv/installed
 	$(BIN)/ruff check .

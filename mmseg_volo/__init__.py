@@ -7,9 +7,15 @@ require_one_stack()  # before the imports below run into what it explains
 from ._version import __version__  # noqa: E402
 from .datasets import CamVidDataset  # noqa: E402
 from .engine import (  # noqa: E402
+    BeginSample,
+    DurableCheckpointHook,
     HostMemoryHook,
+    IterationSeedHook,
+    NonFiniteLossHook,
+    OneClassWarningHook,
     SegmentationMetric,
     SideBySideHook,
+    StreamSampler,
     ValidationPicturesHook,
     VOLOLayerDecayConstructor,
 )
@@ -18,12 +24,18 @@ from .models import ARCHITECTURES, VOLO, SlidingSegmentor, SlidingTTAModel  # no
 __all__ = [
     'ARCHITECTURES',
     'VOLO',
+    'BeginSample',
     'CamVidDataset',
+    'DurableCheckpointHook',
     'HostMemoryHook',
+    'IterationSeedHook',
+    'NonFiniteLossHook',
+    'OneClassWarningHook',
     'SegmentationMetric',
     'SideBySideHook',
     'SlidingSegmentor',
     'SlidingTTAModel',
+    'StreamSampler',
     'VOLOLayerDecayConstructor',
     'ValidationPicturesHook',
     '__version__',

@@ -281,7 +281,7 @@ def test_a_photograph_on_its_side_is_turned_as_training_turns_it(copy):
 def test_a_repeated_data_set_is_looked_at_once_and_parts_are_added_up(copy, tmp_path, capsys):
     cfg = load_config(CONFIG, {'data_root': str(copy)})
     train, val = cfg.train_dataloader.dataset, cfg.val_dataloader.dataset
-    again = dict(train, pipeline=train.pipeline[:2])
+    again = dict(train, pipeline=train.pipeline[:-1])
     cfg.train_dataloader.dataset = dict(type='ConcatDataset', datasets=[train, val, train, again])
     cfg.dump(tmp_path / 'joined.py')
     findings = check_all_data(str(tmp_path / 'joined.py'), splits=['train'])
@@ -365,7 +365,7 @@ def test_real_ade20k_has_no_errors(ade20k, tmp_path):
 
 def test_ade20k_read_as_if_it_counted_from_zero_is_an_error_even_without_its_last_class(ade20k, tmp_path):
     options = {'data_root': str(ade20k), 'train_dataloader.dataset.reduce_zero_label': False}
-    options['train_dataloader.dataset.pipeline.1.reduce_zero_label'] = False
+    options['train_dataloader.dataset.pipeline.2.reduce_zero_label'] = False
     config = str(ROOT / 'configs/volo_d1_ade20k.py')
     (error,) = errors(check_all_data(config, out=str(tmp_path / 'seen.png'), cfg_options=options))
     assert error.split == 'train' and error.what.startswith('ADE20K counts from 1, with 0 for void: set')

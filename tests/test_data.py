@@ -81,7 +81,7 @@ def test_ade20k_counts_from_one_and_has_zero_for_void(tmp_path, reduced):
         check_data(cfg, ('train', 'val'))
     else:
         cfg.train_dataloader.dataset.reduce_zero_label = False
-        cfg.train_dataloader.dataset.pipeline[1].reduce_zero_label = False
+        cfg.train_dataloader.dataset.pipeline[2].reduce_zero_label = False
         with pytest.raises(UserError, match='id 150 in labels of 150 classes .* reduce_zero_label=True'):
             check_data(cfg, ('train',))
 

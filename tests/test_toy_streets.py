@@ -131,8 +131,9 @@ def test_mmseg_reads_it_as_cityscapes(streets, split, count):
 @pytest.mark.parametrize(
     ('changed', 'named'),
     [
-        (dict(train=0), 'train must be at least 1, got 0'),
-        (dict(val=-2), 'val must be at least 1, got -2'),
+        (dict(train=0), 'train must lie between 1 and 1000000, got 0'),
+        (dict(train=10**12), 'train must lie between 1 and 1000000, got 1000000000000'),
+        (dict(val=-2), 'val must lie between 1 and 1000000, got -2'),
         (dict(seed=-1), 'seed must be at least 0, got -1'),
         (dict(size=(256, 16)), r'\(256, 16\)'),
         (dict(size=(100000, 128)), r'\(100000, 128\)'),

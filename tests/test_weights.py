@@ -1,6 +1,7 @@
 import argparse
 import builtins
 import functools
+import hashlib
 import http.server
 import logging
 import os
@@ -699,6 +700,52 @@ def test_two_urls_with_the_same_file_name_are_two_files(server, hub):
         save_file(states[folder], server.root / folder / 'model.safetensors')
     for folder, state in states.items():
         assert_holds(loaded(f'{server.url}/{folder}/model.safetensors'), state)
+
+
+def served(server) -> tuple[dict, str, str]:
+    """A state dict, the URL of its file, and the file's SHA-256."""
+    state = imagenet_state()
+    path = saved(state, server.root / 'volo.pth')
+    return state, f'{server.url}/volo.pth', hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_download_with_the_given_sha256_is_read(server, hub):
+    state, url, digest = served(server)
+    for spelling in (digest, digest.upper()):
+        assert_holds(loaded(f'{url}#sha256={spelling}'), state)
+    assert_holds(loaded(url), state)
+    assert len(server.requests) == 1  # with and without, it is the same file
+
+
+@pytest.mark.parametrize('cached', [False, True])
+def test_a_download_with_another_sha256_is_refused_and_removed(server, hub, cached):
+    state, url, digest = served(server)
+    if cached:
+        loaded(url)
+    other = '0' * 64
+    with pytest.raises(UserError, match=f'{url} is refused: its SHA-256 should be {other}, but is {digest}') as error:
+        loaded(f'{url}#sha256={other}')
+    assert one_line(error) and list(hub.iterdir()) == []
+    assert_holds(loaded(f'{url}#sha256={digest}'), state)
+
+
+@pytest.mark.parametrize('digest', ['', 'abc', 'g' * 64, '0' * 63])
+def test_a_sha256_that_is_none_is_an_error_before_the_download(server, hub, digest):
+    with pytest.raises(UserError, match=f'#sha256= takes 64 hex digits, got {digest!r}'):
+        loaded(f'{server.url}/volo.pth#sha256={digest}')
+    assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ('url', 'expected'),
+    [
+        ('https://download.pytorch.org/models/resnet18-f37072fd.pth', 'f37072fd'),
+        ('https://download.pytorch.org/models/resnet18.pth', ''),
+        ('https://download.openmmlab.com/x/fcn_192608-efe53f0d.pth', ''),  # of the file before publishing
+    ],
+)
+def test_file_names_tell_a_sha256_where_they_keep_to_torchs_convention(url, expected):
+    assert weights._expected_sha256(url) == expected
 
 
 def test_a_url_that_is_not_there_is_an_error_and_leaves_nothing(server, hub):

@@ -17,11 +17,12 @@ def main() -> None:
         nargs='?',
         const='auto',
         metavar='PATH',
-        help='go on from the newest checkpoint of the work dir, or PATH',
+        help='go on from the newest whole checkpoint of the work dir, or PATH',
     )
     parser.add_argument('--amp', action='store_true', help='mixed precision, on a GPU')
     parser.add_argument('--auto-scale-lr', action='store_true', help="scale the learning rate to this run's batch")
     parser.add_argument('--seed', type=int, help='of Python, numpy and torch')
+    parser.add_argument('--deterministic', action='store_true', help='the same bits each time; slower on a GPU')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help='set by launchers')
     args = vars(parser.parse_args())

@@ -1,9 +1,12 @@
 # ADE20K, 150 classes (SceneParsing). Layout: docs/data.md.
+from mmseg_volo import BeginSample, StreamSampler
+
 data_root = 'data/ade20k'
 crop_size = (512, 512)
 num_classes = 150
 
 train_pipeline = [
+    dict(type=BeginSample),
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', reduce_zero_label=True),
     dict(type='RandomResize', scale=(2048, 512), ratio_range=(0.5, 2.0), keep_ratio=True),
@@ -35,7 +38,7 @@ train_dataloader = dict(
     batch_size=4,
     num_workers=4,
     persistent_workers=True,
-    sampler=dict(type='InfiniteSampler', shuffle=True),
+    sampler=dict(type=StreamSampler),
     dataset=dict(
         type='ADE20KDataset',
         data_root=data_root,

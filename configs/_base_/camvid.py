@@ -1,4 +1,6 @@
 # CamVid, 11 classes, 480 x 360. Layout and source: docs/data.md.
+from mmseg_volo import BeginSample, StreamSampler
+
 data_root = 'data/camvid'
 crop_size = (240, 320)
 num_classes = 11
@@ -6,6 +8,7 @@ num_classes = 11
 class_weight = [0.80, 0.61, 4.79, 0.48, 2.21, 1.25, 4.50, 4.57, 1.83, 5.43, 6.27]
 
 train_pipeline = [
+    dict(type=BeginSample),
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
     dict(type='RandomResize', scale=(480, 360), ratio_range=(0.6, 1.4), keep_ratio=True),
@@ -37,7 +40,7 @@ train_dataloader = dict(
     batch_size=8,
     num_workers=2,
     persistent_workers=True,
-    sampler=dict(type='InfiniteSampler', shuffle=True),
+    sampler=dict(type=StreamSampler),
     dataset=dict(
         type='CamVidDataset',
         data_root=data_root,

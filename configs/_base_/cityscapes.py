@@ -1,9 +1,12 @@
 # Cityscapes, 19 classes, 2048 x 1024. Layout and labelTrainIds: docs/data.md.
+from mmseg_volo import BeginSample, StreamSampler
+
 data_root = 'data/cityscapes'
 crop_size = (1024, 1024)
 num_classes = 19
 
 train_pipeline = [
+    dict(type=BeginSample),
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
     dict(type='RandomResize', scale=(2048, 1024), ratio_range=(0.5, 2.0), keep_ratio=True),
@@ -35,7 +38,7 @@ train_dataloader = dict(
     batch_size=2,
     num_workers=4,
     persistent_workers=True,
-    sampler=dict(type='InfiniteSampler', shuffle=True),
+    sampler=dict(type=StreamSampler),
     dataset=dict(
         type='CityscapesDataset',
         data_root=data_root,

@@ -1,5 +1,5 @@
 # What every run shares: one config for a CPU, one GPU and many.
-from mmseg_volo import SlidingTTAModel
+from mmseg_volo import OneClassWarningHook, SlidingTTAModel
 
 default_scope = 'mmseg'
 env_cfg = dict(
@@ -10,7 +10,7 @@ env_cfg = dict(
 sync_bn = 'torch'  # BatchNorm becomes SyncBatchNorm where there are several processes, and only there
 log_processor = dict(by_epoch=False)
 log_level = 'INFO'
-custom_hooks = [dict(type='HostMemoryHook'), dict(type='ValidationPicturesHook')]
+custom_hooks = [dict(type='HostMemoryHook'), dict(type='ValidationPicturesHook'), dict(type=OneClassWarningHook)]
 load_from = None
 resume = False
 

@@ -1,4 +1,6 @@
 # 80k iterations of 8 images, AdamW, linear decay after warm-up. Sources of the values: docs/recipes.md.
+from mmseg_volo import DurableCheckpointHook, IterationSeedHook, NonFiniteLossHook
+
 max_iters = 80000
 optim_wrapper = dict(
     type='OptimWrapper',
@@ -17,7 +19,9 @@ default_hooks = dict(
     timer=dict(type='IterTimerHook'),
     logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
     param_scheduler=dict(type='ParamSchedulerHook'),
-    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=8000, max_keep_ckpts=2, save_best='mIoU'),
+    checkpoint=dict(type=DurableCheckpointHook, by_epoch=False, interval=8000, max_keep_ckpts=2, save_best='mIoU'),
     sampler_seed=dict(type='DistSamplerSeedHook'),
+    iteration_seed=dict(type=IterationSeedHook),
+    non_finite=dict(type=NonFiniteLossHook),
     visualization=dict(type='SegVisualizationHook'),
 )

@@ -1,9 +1,12 @@
 # Toy streets in Cityscapes' layout, 256 x 128, 9 of its 19 classes: tools/make_toy_streets.py data/toy_streets.
+from mmseg_volo import BeginSample, StreamSampler
+
 data_root = 'data/toy_streets'
 crop_size = (128, 192)
 num_classes = 19
 
 train_pipeline = [
+    dict(type=BeginSample),
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
     dict(type='RandomResize', scale=(256, 128), ratio_range=(0.75, 1.25), keep_ratio=True),
@@ -35,7 +38,7 @@ train_dataloader = dict(
     batch_size=8,
     num_workers=2,
     persistent_workers=True,
-    sampler=dict(type='InfiniteSampler', shuffle=True),
+    sampler=dict(type=StreamSampler),
     dataset=dict(
         type='CityscapesDataset',
         data_root=data_root,

@@ -31,8 +31,10 @@ def benchmark_sliding(
     """Print, and return, both tables for the config's model with random weights.
 
     Raises:
-        UserError: no such device, the config's segmentor is not ours, or its logits differ from mmseg's.
+        UserError: no such device or sizes, the config's segmentor is not ours, or its logits differ from mmseg's.
     """
+    if min(sizes) < 1:
+        raise UserError(f'--sizes must be at least 1, got {min(sizes)}')
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
     if device == 'cuda' and not torch.cuda.is_available():

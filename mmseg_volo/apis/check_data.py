@@ -30,7 +30,7 @@ MAX_LABELS_CHECKED = 500  # per split, spread evenly: seconds, where Cityscapes'
 FILES_NAMED = 3  # of each finding
 NAMES_LISTED = 8  # ids or classes in one line
 SMEARED = 32  # more ids of no class than a wrong list of classes has
-DRAWN, ROW_HEIGHT = 4, 240  # overlays per split, and their height in pixels
+DRAWN, ROW_HEIGHT, MOST_WIDTH = 4, 240, 1920  # overlays per split, and their size in pixels
 REDUCE_ZERO_LABEL = 'set reduce_zero_label=True in the data set and in LoadAnnotations'
 
 
@@ -157,6 +157,8 @@ class _DataSet:
         pipeline = settings.get('pipeline', [])
         self.load = next((TRANSFORMS.build(step) for step in pipeline if step['type'] == 'LoadAnnotations'), None)
         self.num_classes = num_classes
+        if self.load and not self.dataset.data_prefix.get('seg_map_path'):
+            raise UserError(f'the {split} data loads labels, but has no data_prefix.seg_map_path to load them from')
         if len(self.dataset) == 0:
             raise UserError(f'no images for {split} under {root}; docs/data.md says how the folder must look')
         classes = self.dataset.metainfo['classes']
@@ -386,7 +388,7 @@ def _overlays(tallies: Sequence[_Tally]) -> Image.Image:
         for part, index in (tally.drawable[i] for i in spread):
             info = part.dataset.get_data_info(index)
             image = _read_image(info['img_path']).convert('RGB')
-            size = max(1, round(image.width * ROW_HEIGHT / image.height)), ROW_HEIGHT
+            size = min(max(1, round(image.width * ROW_HEIGHT / image.height)), MOST_WIDTH), ROW_HEIGHT
             label = np.asarray(Image.fromarray(part.read_label(info)).resize(size, Image.Resampling.NEAREST))
             row.append(overlay(np.asarray(image.resize(size)), label, meta['palette']))
             labels.append(label.ravel())

@@ -8,6 +8,23 @@ from mmengine.config import Config, DictAction
 
 from ..errors import UserError
 
+SPLITS = ('train', 'val', 'test')
+# What the tools themselves read of a config; the rest is mmengine's to build or to refuse.
+KINDS = {
+    'model': dict,
+    'model.backbone': dict,
+    'model.decode_head': dict,
+    'model.decode_head.type': str | type,
+    'model.decode_head.num_classes': int,
+    'optim_wrapper': dict | None,
+    'auto_scale_lr': dict | None,
+    'custom_hooks': list | None,
+    'tta_model': dict | None,
+    'work_dir': str | None,
+}
+LOADER_KINDS = {'dataset': dict, 'batch_size': int, 'sampler': dict}
+DATA_SET_KINDS = {'data_root': str | None, 'data_prefix': dict}
+
 
 class Options(DictAction):
     """``--cfg-options key=value ...`` as mmengine reads them; a word without ``=`` is an error of one sentence."""
@@ -16,7 +33,10 @@ class Options(DictAction):
         wrong = [value for value in values if '=' not in value]
         if wrong:
             parser.error(f'{option} takes key=value, got {wrong[0]!r}')
-        super().__call__(parser, namespace, values, option)
+        try:
+            super().__call__(parser, namespace, values, option)
+        except Exception as error:  # of mmengine's parser, for brackets without an end
+            parser.error(f'{option} cannot be read: {error}')
 
 
 def add_config_arguments(parser: ArgumentParser) -> None:
@@ -36,21 +56,51 @@ def load_config(path: str, options: dict) -> Config:
     """Config at ``path`` with ``options`` merged in; ``data_root`` goes to every data set.
 
     Raises:
-        UserError: no such file, or it does not load.
+        UserError: no such file, it does not load, or holds something else than the tools read.
     """
     if not Path(path).is_file():
         raise UserError(f'config not found: {path}; configs/ holds those that come with mmseg_volo')
     try:
         cfg = Config.fromfile(path)
-    except Exception as error:  # a config is a program: anything can go wrong in it
+    except (Exception, SystemExit) as error:  # a config is a program: anything can go wrong in it
         raise UserError(f'config {path} does not load: {type(error).__name__}: {error}') from None
-    cfg.merge_from_dict(options)
-    if 'data_root' in options:
-        for split in ('train', 'val', 'test'):
-            if cfg.get(f'{split}_dataloader'):
-                for settings in data_sets(cfg[f'{split}_dataloader'].dataset):
+    try:
+        cfg.merge_from_dict(options)
+    except Exception as error:  # mmengine raises what comes its way
+        raise UserError(f'{", ".join(options)} cannot be set in {path}: {type(error).__name__}: {error}') from None
+    _check_kinds(cfg, KINDS)
+    for loader in (f'{split}_dataloader' for split in SPLITS):
+        if cfg.get(loader) is not None:
+            _check_kinds(cfg, {loader: dict} | {f'{loader}.{key}': kind for key, kind in LOADER_KINDS.items()})
+            for settings in data_sets(cfg[loader].dataset):
+                if 'data_root' in options:
                     settings['data_root'] = options['data_root']
+                _check_kinds(settings, {key: kind for key, kind in DATA_SET_KINDS.items() if key in settings})
+                _check_steps(settings.get('pipeline', []))
+    _check_steps(cfg.get('tta_pipeline') or [])
     return cfg
+
+
+def _check_kinds(settings: Config | dict, kinds: dict) -> None:
+    for key, kind in kinds.items():
+        value = settings
+        for name in key.split('.'):
+            value = value.get(name)
+        if not isinstance(value, kind):
+            raise UserError(f'{key} must be {getattr(kind, "__name__", kind)} in a config, got {value!r}')
+
+
+def _check_steps(pipeline: list) -> None:
+    """Each is a dict with a type, or has such steps inside, as those of TestTimeAug do."""
+    if not isinstance(pipeline, list | tuple):
+        raise UserError(f'the steps of a pipeline must be a list, got {pipeline!r}')
+    for step in pipeline:
+        if isinstance(step, list | tuple):
+            _check_steps(step)
+        elif not isinstance(step, dict) or 'type' not in step:
+            raise UserError(f'a step of a pipeline must be a dict with a type, got {step!r}')
+        else:
+            _check_steps(step.get('transforms', []))
 
 
 def set_work_dir(cfg: Config, config_path: str, work_dir: str | None) -> None:
@@ -66,7 +116,7 @@ def make_writable(folder: str | Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f'.probe-{os.getpid()}'
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another machine's process may have the same number
     except OSError as error:
         raise UserError(f'cannot write to {folder} ({error.strerror}); choose another folder') from None
     return folder
@@ -74,8 +124,11 @@ def make_writable(folder: str | Path) -> Path:
 
 def data_sets(dataset: dict) -> list[dict]:
     """The data sets inside RepeatDataset, ConcatDataset and the like."""
+    if not isinstance(dataset, dict):
+        raise UserError(f'a data set must be a dict in a config, got {dataset!r}')
     if 'dataset' in dataset:
         return data_sets(dataset['dataset'])
     if 'datasets' in dataset:
+        _check_kinds(dataset, {'datasets': list | tuple})
         return [settings for part in dataset['datasets'] for settings in data_sets(part)]
     return [dataset]

@@ -5,7 +5,7 @@ import os
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -30,11 +30,12 @@ IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.p
 VIDEO_SUFFIXES = ('.mp4', '.m4v', '.mov', '.avi', '.mkv', '.webm')
 RESULTS = {'labels': 'pred', 'overlay': 'vis', 'prob': 'prob'}  # what can be saved, and its folder
 ROWS = 256  # of probabilities, made at a time
+SMALL, SLIM = 32, 16  # a side in pixels, and sides to one, from which on the coarsest level of a neck may be empty
 MISCOUNTED = 0.01  # of a video's frames: some containers estimate their number
 
 
 class _Undecodable(UserError):
-    """A file that cannot be decoded, which keeps nobody from the others."""
+    """A file that cannot be decoded, or segmented, which keeps nobody from the others."""
 
 
 def infer(
@@ -152,9 +153,10 @@ def _device(name: str) -> str:
     if name == 'auto':
         return 'cuda' if torch.cuda.is_available() else 'cpu'
     try:
-        torch.empty(0, device=name)
+        torch.empty(1, device=name).cpu()  # 'meta' makes tensors, but nothing comes back
     except (RuntimeError, AssertionError) as error:
-        reason = 'torch finds no GPU' if not torch.cuda.is_available() else str(error).splitlines()[0]
+        no_gpu = name.startswith('cuda') and not torch.cuda.is_available()
+        reason = 'torch finds no GPU' if no_gpu else str(error).splitlines()[0]
         raise UserError(f'--device {name} cannot be used ({reason}); --device auto takes what there is') from None
     return name
 
@@ -230,16 +232,27 @@ def _on_arrays(pipeline: Sequence[dict], packed: bool) -> list[dict]:
 def _segment_image(path: str, out: Path, name: str, predictor: _Predictor, save: Sequence[str], opacity: float) -> None:
     image = _decode(path)
     if 'prob' in save:
-        label, prob = predictor.labels_and_probabilities(image)
+        label, prob = _predicted(predictor.labels_and_probabilities, path, image)
         with whole(out / 'prob' / f'{name}.npy') as partial:
             np.save(partial, prob)
     else:
-        label = predictor.labels(image)
+        label = _predicted(predictor.labels, path, image)
     if 'overlay' in save:
         picture = overlay(image[..., ::-1], label, predictor.palette, opacity)
         save_whole(with_legend(picture, label, predictor.classes, predictor.palette), out / 'vis' / f'{name}.png')
     if 'labels' in save:
         save_whole(label_png(label, predictor.palette), out / 'pred' / f'{name}.png')
+
+
+def _predicted(predict: Callable, path: str, image: np.ndarray):
+    """What ``predict`` makes of an image; one that is too small or slim for the model cannot be segmented."""
+    try:
+        return predict(image)
+    except (RuntimeError, cv2.error):
+        height, width = image.shape[:2]
+        if min(height, width) >= SMALL and max(height, width) < SLIM * min(height, width):
+            raise
+        raise _Undecodable(f'{path} is {width} x {height}, too small or slim for the model of this config') from None
 
 
 def _decode(path: str) -> np.ndarray:
@@ -260,6 +273,9 @@ def _decode(path: str) -> np.ndarray:
 
 def _segment_video(path: str, out: Path, predictor: _Predictor, opacity: float) -> bool:
     """Write the overlay of each frame; returns whether the video could be decoded to its end."""
+    for name in (path, str(out)):
+        if name.encode(errors='replace') != os.fsencode(name):  # OpenCV 5.0.0 would end the interpreter
+            raise _Undecodable(f'{name!a} is no name for a video: OpenCV needs UTF-8; rename it')
     video = cv2.VideoCapture(path)
     expected = max(0, round(video.get(cv2.CAP_PROP_FRAME_COUNT)))
     frames = _frames(video)
@@ -275,7 +291,7 @@ def _segment_video(path: str, out: Path, predictor: _Predictor, opacity: float) 
             raise UserError(f'cannot write {out}: OpenCV makes no video of {width} x {height} at {rate} Hz there')
         done = 0
         for frame in progress:
-            writer.write(np.asarray(overlay(frame, predictor.labels(frame), palette, opacity)))
+            writer.write(np.asarray(overlay(frame, _predicted(predictor.labels, path, frame), palette, opacity)))
             done += 1
         writer.release()
         if cv2.VideoCapture(str(partial)).get(cv2.CAP_PROP_FRAME_COUNT) != done:  # OpenCV keeps errors to itself

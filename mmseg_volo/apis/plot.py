@@ -63,13 +63,17 @@ def _curves(work_dir: Path) -> dict[str, Curve]:
 
 
 def _records(path: Path) -> list[dict]:
-    lines = path.read_text().splitlines(keepends=True)
-    if lines and not lines[-1].endswith('\n'):  # being written
-        del lines[-1]
     try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise UserError(f'{path} is damaged ({error}); delete the broken line') from None
+        lines = path.read_text().splitlines(keepends=True)
+        if lines and not lines[-1].endswith('\n'):  # being written
+            del lines[-1]
+        records = [json.loads(line) for line in lines]
+        for record in records:
+            for value in (record['step'], *(record[key] for key in CURVES if key in record)):
+                float(value)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{path} is damaged ({type(error).__name__}: {error}); delete the broken line') from None
+    return records
 
 
 def _resumed(scalars: Path) -> bool:

@@ -30,7 +30,13 @@ def profile_step(
 
     Returns:
         Rows of the table, without the data pipeline.
+
+    Raises:
+        UserError: no such device, nothing to measure, or the config has no crop_size.
     """
+    for option, value in dict(batch=batch, images=images).items():
+        if value is not None and value < 1:
+            raise UserError(f'--{option} must be at least 1, got {value}')
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
     if device == 'cuda' and not torch.cuda.is_available():

@@ -5,9 +5,11 @@ import csv
 import io
 import json
 import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -126,7 +128,8 @@ def read_run(path: str, classes: Sequence[str], images_sha256: str) -> Run:
         with np.load(Path(path).with_name('bootstrap.npz')) as archive:
             run = Run(path, record, dict(archive))
         theirs, their_images = [row['name'] for row in record['classes']], record['images_sha256']
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        _differences(record, run.draws, run)  # with itself: all that a comparison reads is there
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, BadZipFile, zlib.error) as error:
         raise UserError(
             f'--compare {path} needs a metrics.json of tools/test.py with its bootstrap.npz beside it '
             f'({type(error).__name__}: {error}); measure that run again'

@@ -27,6 +27,7 @@ from ..errors import UserError
 from ..models.weights import load_segmentor, local_copy
 from .check_data import check_data
 from .config import data_sets, load_config, make_writable, set_work_dir
+from .distributed import join_processes
 from .report import read_run, summary, write_results
 
 SERVER_FORMATS = {
@@ -65,7 +66,7 @@ def test(
         raise UserError('--format measures nothing and looks at no labels: leave out --show-dir and --compare')
     cfg = load_config(config, cfg_options or {})
     config_sha256 = _sha256(cfg.pretty_text.encode())  # of all that was asked for, before this run's folders are in it
-    cfg.launcher = launcher
+    join_processes(cfg, launcher)
     cfg.load_from, cfg.resume = None, False
     if server_format:
         _leave_out_labels(cfg)

@@ -1,13 +1,23 @@
 """Training, one call."""
 
+import errno
+import os
+import re
+import sys
+from contextlib import ExitStack
+
 import torch
 from mmengine.config import Config
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
 
+from ..engine.checkpoints import DurableCheckpointHook, StoppedBySignal, newest_whole_checkpoint
+from ..engine.reproducible import BeginSample
 from ..errors import UserError
 from ..models.weights import local_copy, read_checkpoint
 from .check_data import check_data
 from .config import load_config, set_work_dir
+from .distributed import join_processes
 
 
 def train(
@@ -19,20 +29,23 @@ def train(
     cfg_options: dict | None = None,
     launcher: str = 'none',
     seed: int | None = None,
+    deterministic: bool = False,
 ) -> Runner:
     """Train what ``config`` describes, and return the runner.
 
+    SIGTERM and Ctrl-C save a checkpoint and exit with 128 + the signal's number.
+
     Args:
-        resume: ``'auto'`` for the newest checkpoint in the work dir, a path, or None.
-        seed: of Python, numpy and torch; None draws one and logs it.
+        resume: ``'auto'`` for the newest whole checkpoint in the work dir, if there is one; a path; or None.
+        seed: of Python, numpy and torch; None draws one and logs it, or takes that of the resumed run.
+        deterministic: only operators that give the same bits each time; slower on a GPU.
 
     Raises:
-        UserError: before the first iteration, for anything in config, data or checkpoints that cannot work.
+        UserError: before the first iteration, for anything in config, data or checkpoints that cannot work; later for
+            a loss that is not finite, a data-loader worker that dies, or a full disk.
     """
     cfg = load_config(config, cfg_options or {})
-    cfg.launcher = launcher
-    if seed is not None:
-        cfg.randomness = dict(seed=seed)
+    join_processes(cfg, launcher)
     if amp:
         _enable_amp(cfg)
     if auto_scale_lr:
@@ -43,17 +56,76 @@ def train(
     check_data(cfg, ('train', 'val'))
     set_work_dir(cfg, config, work_dir)
     cfg.resume = resume is not None
-    if resume is not None:
-        cfg.load_from = find_latest_checkpoint(cfg.work_dir) if resume == 'auto' else resume
-    if cfg.get('load_from'):
-        cfg.load_from = local_copy(cfg.load_from)
-        read_checkpoint(cfg.load_from)  # mmengine's own loader runs whatever code a file asks it to
-    runner = Runner.from_cfg(cfg)
-    runner.train()
+    contents = {}
+    if resume == 'auto':
+        cfg.load_from, contents = newest_whole_checkpoint(cfg.work_dir) or (None, {})
+    elif resume is not None or cfg.get('load_from'):
+        cfg.load_from = local_copy(resume or cfg.load_from)
+        contents = read_checkpoint(cfg.load_from)
+    if cfg.resume and contents:
+        if not {'meta', 'message_hub', 'optimizer'} <= contents.keys():
+            raise UserError(
+                f'--resume cannot go on from {cfg.load_from}, which holds no optimizer: take an iter_*.pth, '
+                f'or start anew from its weights with --cfg-options load_from={cfg.load_from}'
+            )
+        seed = contents['meta'].get('seed') if seed is None else seed
+    _set_randomness(cfg, seed, deterministic)
+
+    runner = RUNNERS.build(cfg) if cfg.get('runner_type') else Runner.from_cfg(cfg)
+    try:
+        with ExitStack() as stack:
+            for hook in runner.hooks:
+                if isinstance(hook, DurableCheckpointHook):
+                    stack.enter_context(hook.catching_signals(runner))
+            runner.train()
+    except StoppedBySignal as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(128 + stop.number)
+    except RuntimeError as error:
+        _explain_dead_worker(error, runner)
+        raise
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise UserError(
+            f'no space left on the device of {cfg.work_dir}; make room and go on with --resume: checkpoints are whole'
+        ) from None
     best = runner.message_hub.runtime_info.get('best_ckpt')
     if best:
         runner.logger.info(f'best checkpoint: {best}')
     return runner
+
+
+def _set_randomness(cfg: Config, seed: int | None, deterministic: bool) -> None:
+    cfg.setdefault('randomness', dict(seed=None))
+    if seed is not None:
+        cfg.randomness.seed = seed
+    if deterministic:
+        cfg.randomness.deterministic = True
+        cfg.env_cfg.cudnn_benchmark = False
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # torch's condition for matrix products on a GPU
+
+
+def _explain_dead_worker(error: RuntimeError, runner: Runner) -> None:
+    """Raise ``UserError`` with the file it was reading, if ``error`` tells of a data-loader worker's death."""
+    dead = re.search(r'DataLoader worker \(pid(?:\(s\))? (\d+)[\d, ]*\) (.*)', str(error))
+    if dead is None:
+        return
+    file = None
+    for dataset in _innermost(runner.train_dataloader.dataset):
+        for transform in dataset.pipeline.transforms:
+            if isinstance(transform, BeginSample):
+                file = file or transform.last_file(int(dead[1]))
+    raise UserError(
+        f'data-loader worker {dead[1]} {dead[2].rstrip(".")}, while reading {file or "the validation set"}; '
+        'if memory ran out, use fewer: --cfg-options train_dataloader.num_workers=1'
+    ) from None
+
+
+def _innermost(dataset) -> list:
+    """Data sets inside RepeatDataset, ConcatDataset and the like."""
+    inside = getattr(dataset, 'datasets', None) or [d for d in [getattr(dataset, 'dataset', None)] if d is not None]
+    return [leaf for part in inside for leaf in _innermost(part)] if inside else [dataset]
 
 
 def _enable_amp(cfg: Config) -> None:

@@ -16,6 +16,7 @@ from mmseg_volo.errors import UserError
 
 GENERATOR_VERSION = 1  # goes up whenever the same seed gives other pixels
 MIN_SIDE, MAX_SIDE = 32, 4096
+MAX_SCENES = 10**6  # of a split: their names have six digits
 
 # Cityscapes' labelIds; the nine from ROAD on are evaluated.
 UNLABELED, EGO_VEHICLE = 0, 1
@@ -352,15 +353,17 @@ def make_toy_streets(out: str | Path, train: int, val: int, size: tuple[int, int
 
     Args:
         out: its folder; left as it is if it holds the same data set already, refused if it holds anything else.
-        train: number of training scenes.
+        train: number of training scenes, at most a million.
         val: number of validation scenes, none of them a training scene.
         size: ``(width, height)`` in pixels, each from 32 to 4096.
         seed: not negative; another seed gives other scenes.
     """
     _check_size(size)
-    for name, value, least in (('train', train, 1), ('val', val, 1), ('seed', seed, 0)):
-        if value < least:
-            raise UserError(f'{name} must be at least {least}, got {value}')
+    for name, value in dict(train=train, val=val).items():
+        if not 1 <= value <= MAX_SCENES:
+            raise UserError(f'{name} must lie between 1 and {MAX_SCENES}, got {value}')
+    if seed < 0:
+        raise UserError(f'seed must be at least 0, got {seed}')
     out = Path(out).resolve()
     parameters = dict(train=train, val=val, size=list(size), seed=seed, version=GENERATOR_VERSION)
     try:
@@ -386,7 +389,7 @@ def make_toy_streets(out: str | Path, train: int, val: int, size: tuple[int, int
 
 def parse_size(text: str) -> tuple[int, int]:
     """Read ``256x128`` as ``(256, 128)``."""
-    match = re.fullmatch(r'(\d+)x(\d+)', text)
+    match = re.fullmatch(r'(\d{1,9})x(\d{1,9})', text)
     if match is None:
         raise UserError(f'size must be WIDTHxHEIGHT, such as 256x128, got {text!r}')
     return int(match[1]), int(match[2])

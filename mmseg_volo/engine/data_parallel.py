@@ -1,0 +1,152 @@
+"""Data parallel training without a GPU, and of models that one GPU cannot hold."""
+
+import torch
+from mmengine.device import get_device
+from mmengine.dist import broadcast, get_world_size, is_main_process
+from mmengine.model import MMDistributedDataParallel, convert_sync_batchnorm
+from mmengine.optim import OptimWrapper
+from mmengine.registry import MODEL_WRAPPERS, RUNNERS
+from mmengine.runner import Runner
+from mmengine.utils import apply_to
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.nn.functional import all_reduce
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+
+from ..errors import UserError
+from ..models.volo import Outlooker, Transformer
+
+
+class HostSyncBatchNorm(_BatchNorm):
+    """``torch.nn.SyncBatchNorm`` for CPUs, whose tensors that one refuses: it normalises by all processes' batches."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``[B, C, ...]``; processes may hold different numbers of values."""
+        if not self.training:
+            return super().forward(x)
+        per_channel = [0, *range(2, x.ndim)]
+        channels = (1, -1, *[1] * (x.ndim - 2))
+        count = all_reduce(x.new_tensor(x.numel() / x.shape[1]))
+        mean = all_reduce(x.sum(per_channel)) / count
+        centred = x - mean.view(channels)
+        # In a second exchange: the difference of mean square and squared mean would cancel in float32.
+        variance = all_reduce(centred.square().sum(per_channel)) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return centred * scale.view(channels) + self.bias.view(channels)
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        """Any number of dimensions will do, as for ``torch.nn.SyncBatchNorm``."""
+
+
+@MODEL_WRAPPERS.register_module()
+class HostDataParallel(MMDistributedDataParallel):
+    """mmengine's wrapper for CPUs: every ``torch.nn.SyncBatchNorm`` inside becomes a ``HostSyncBatchNorm``."""
+
+    def __init__(self, module: nn.Module, **kwargs):
+        _synchronise_on_host(module)
+        super().__init__(module, **kwargs)
+
+
+@RUNNERS.register_module()
+class ShardedRunner(Runner):
+    """mmengine's Runner with torch's FSDP2: processes share gradients, moments and, between steps, weights.
+
+    Checkpoints are whole, those of an ordinary run: the other tools read them, and either runner resumes from them.
+    """
+
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
+        """Initialise the model, then share it out: block by block the backbone, and the rest.
+
+        Raises:
+            UserError: there is one process only.
+        """
+        if not self.distributed:
+            raise UserError('runner_type=ShardedRunner shares a model out to several processes; start some: --launcher')
+        model.to(get_device())
+        model.init_weights()  # before: a share would draw other numbers than the whole
+        for tensor in model.state_dict().values():
+            broadcast(tensor)
+        if self.cfg.get('sync_bn'):
+            model = convert_sync_batchnorm(model, self.cfg.sync_bn)
+        if get_device() == 'cpu':
+            _synchronise_on_host(model)
+        mesh = init_device_mesh(get_device(), (get_world_size(),))
+        blocks = [module for module in model.modules() if isinstance(module, Outlooker | Transformer)]
+        for module in (*blocks, model):
+            # Weights stay whole through a step: an image is validated in as many passes as its size asks for, and a
+            # process that gathers weights once more than the others waits for ever.
+            fully_shard(module, mesh=mesh, reshard_after_forward=False)
+        register_fsdp_forward_method(model, 'val_step')  # which does without forward()
+        model.register_load_state_dict_pre_hook(_share_out_weights)
+        return model
+
+    def build_optim_wrapper(self, optim_wrapper: dict | OptimWrapper) -> OptimWrapper:
+        """As mmengine's; the moments of a checkpoint are shared out when they are loaded."""
+        wrapper = super().build_optim_wrapper(optim_wrapper)
+        wrapper.optimizer.register_load_state_dict_pre_hook(_share_out_moments)
+        return wrapper
+
+    def save_checkpoint(self, *args, save_optimizer: bool = True, **kwargs) -> None:
+        """Collect the shares, which takes all processes; the first one writes."""
+        self.whole = dict(state_dict=_collect(self.model.state_dict()))
+        if save_optimizer:
+            self.whole['optimizer'] = _collect(self.optim_wrapper.state_dict())
+        super().save_checkpoint(*args, save_optimizer=save_optimizer, **kwargs)
+        del self.whole
+
+    def call_hook(self, fn_name: str, **kwargs) -> None:
+        """Call the hooks; those that look at a checkpoint see it whole."""
+        if fn_name == 'before_save_checkpoint':
+            kwargs['checkpoint'].update(self.whole)
+        super().call_hook(fn_name, **kwargs)
+
+    def _init_model_weights(self) -> None:
+        """Done in ``wrap_model``."""
+
+
+def _collect(state: dict) -> dict:
+    def whole(share: DTensor) -> Tensor | None:
+        tensor = share.full_tensor()
+        return tensor.cpu() if is_main_process() else None
+
+    return apply_to(state, lambda value: isinstance(value, DTensor), whole)
+
+
+def _share_of(whole: Tensor, like: DTensor) -> DTensor:
+    """Every process has read the same file: nothing needs to be sent."""
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _share_out_weights(model: nn.Module, state: dict, *_: object) -> None:
+    for name, parameter in model.named_parameters():
+        if name in state:
+            state[name] = _share_of(state[name], parameter)
+
+
+def _share_out_moments(optimizer: Optimizer, state: dict) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group['params']]
+    for index, moments in state['state'].items():
+        for name, moment in moments.items():
+            if moment.ndim:  # others count steps
+                moments[name] = _share_of(moment, parameters[index])
+
+
+def _synchronise_on_host(model: nn.Module) -> None:
+    for parent in list(model.modules()):
+        for name, norm in parent.named_children():
+            if isinstance(norm, nn.SyncBatchNorm):
+                setattr(parent, name, _on_host(norm))
+
+
+def _on_host(norm: nn.SyncBatchNorm) -> HostSyncBatchNorm:
+    own = HostSyncBatchNorm(norm.num_features, norm.eps, norm.momentum, dtype=norm.weight.dtype).train(norm.training)
+    own.load_state_dict(norm.state_dict())
+    own.weight, own.bias = norm.weight, norm.bias  # the very parameters: some are frozen
+    return own

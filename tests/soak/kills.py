@@ -1,0 +1,152 @@
+#!/usr/bin/env python
+"""Kill one short training again and again, in the midst of writing too: it must end as if nobody had."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from common import Report, arguments, differences, kill, options, start_training, toy_place, wait
+from tqdm import tqdm
+
+SAVED_EVERY = 2
+SHORT, LONG = (24, 5), (120, 50)  # iterations, kills
+
+
+def main() -> None:
+    args = arguments(__doc__)
+    iterations, count = SHORT if args.short else LONG
+    draw = random.Random(args.seed)
+    report = Report('kill it anywhere')
+    with toy_place() as place:
+        settings = dict(
+            resume='auto',
+            cfg_options=options(
+                place,
+                **{
+                    'train_cfg.max_iters': iterations,
+                    'train_cfg.val_interval': 3 * SAVED_EVERY,
+                    'default_hooks.checkpoint.interval': SAVED_EVERY,
+                    'custom_hooks': [dict(type='EMAHook', momentum=0.1)],
+                    'model.backbone.drop_path_rate': 0.2,
+                },
+            ),
+        )
+        whole = place / 'whole'
+        start = time.monotonic()
+        pid = start_training(whole, seed=0, **settings)
+        wait_for_writing(whole, pid)
+        seconds = time.monotonic() - start
+        assert wait(pid) == 0, Path(f'{whole}.log').read_text()
+
+        kills(count, draw, report, place, settings, seconds)
+        asked_to_stop(draw, report, place, settings, seconds)
+        damaged(report, place, settings)
+        full_disk(report, place, settings)
+    report.finish()
+
+
+def kills(count, draw, report, place, settings, seconds) -> None:
+    """``seconds``: from the start of a training to its first checkpoint."""
+    work_dir = place / 'killed'
+    survived = in_writing = runs = 0
+    found = []
+    with tqdm(total=count, desc='kills') as progress:
+        while survived < count:
+            pid = start_training(work_dir, seed=0, **settings)
+            if survived % 2:  # at any moment of the start, of iterations and validations
+                time.sleep(draw.uniform(0, 1.5 * seconds))
+            else:
+                wait_for_writing(work_dir, pid, files=draw.randint(1, 3))
+            writing = any(work_dir.glob('*.unfinished'))
+            if kill(pid) is None:
+                survived, in_writing = survived + 1, in_writing + writing
+                progress.update()
+            else:  # it had come to its end: the next kills are for another run
+                found += differences(work_dir, place / 'whole')
+                shutil.rmtree(work_dir)
+                runs += 1
+    assert wait(start_training(work_dir, seed=0, **settings)) == 0, Path(f'{work_dir}.log').read_text()
+    found += differences(work_dir, place / 'whole')
+    measured = f'{survived}, {in_writing} of them while a checkpoint was being written'
+    report.row('SIGKILL at a random moment, times survived', measured, count, survived == count)
+    report.row(f'bit differences of {runs + 1} runs to one never killed', '; '.join(found) or 0, 0, not found)
+
+
+def wait_for_writing(work_dir: Path, pid: int, files: int = 1) -> None:
+    """Return in the midst of the ``files``-th file from now, or when the training ends."""
+
+    def writing() -> bool:
+        time.sleep(0.0002)
+        return any(work_dir.glob('*.unfinished'))
+
+    def ended() -> bool:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    for number in range(files):
+        while not writing() and not ended():
+            pass
+        while number < files - 1 and writing() and not ended():
+            pass
+
+
+def asked_to_stop(draw, report, place, settings, seconds) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        work_dir = place / number.name
+        pid = start_training(work_dir, seed=0, **settings)
+        while not list(work_dir.glob('iter_*.pth')):
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, seconds / 2))
+        os.killpg(pid, number)  # as a terminal does: to the data-loader workers, too
+        start = time.monotonic()
+        status = wait(pid)
+        took = time.monotonic() - start
+        assert wait(start_training(work_dir, **settings)) == 0, Path(f'{work_dir}.log').read_text()
+        found = differences(work_dir, place / 'whole')
+        report.row(f'{number.name}: exit status', f'{status} after {took:.1f} s', 128 + number, status == 128 + number)
+        report.row(f'{number.name}: bit differences after --resume', '; '.join(found) or 0, 0, not found)
+
+
+def damaged(report, place, settings) -> None:
+    work_dir = place / 'damaged'
+    pid = start_training(work_dir, seed=0, **settings)
+    while len(list(work_dir.glob('iter_*.pth'))) < 2 or not (work_dir / 'iter_8.pth').exists():
+        time.sleep(0.01)
+    kill(pid)
+    newest = max(work_dir.glob('iter_*.pth'), key=lambda path: int(path.stem.split('_')[1]))
+    os.truncate(newest, newest.stat().st_size // 2)
+    assert wait(start_training(work_dir, seed=0, **settings)) == 0, Path(f'{work_dir}.log').read_text()
+    said = f'skipped on resuming: {newest}' in Path(f'{work_dir}.log').read_text()
+    found = differences(work_dir, place / 'whole')
+    report.row('newest checkpoint cut in half: skipped with a warning', said, True, said)
+    report.row('bit differences after --resume', '; '.join(found) or 0, 0, not found)
+
+
+def full_disk(report, place, settings) -> None:
+    """A file system of its own that is too small for the run; needs the right to mount one."""
+    disk = place / 'disk'
+    disk.mkdir()
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=45m', 'tmpfs', str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        report.row('full disk', 'not run: no right to mount a small one', '', True)
+        return
+    try:
+        work_dir = disk / 'full'
+        status = wait(start_training(work_dir, seed=0, **settings), 120)
+        log = Path(f'{work_dir}.log').read_text()
+        sentence = [line for line in log.splitlines() if line.startswith('error: ')]
+        clean = status == 2 and len(sentence) == 1 and 'go on with --resume' in sentence[0] and 'Traceback' not in log
+        report.row('full disk: one sentence, status', sentence[-1:] or log[-300:], 2, clean)
+        subprocess.run(['mount', '-o', 'remount,size=400m', str(disk)], check=True)
+        assert wait(start_training(work_dir, **settings)) == 0, Path(f'{work_dir}.log').read_text()
+        found = differences(work_dir, place / 'whole')
+        report.row('bit differences after room was made', '; '.join(found) or 0, 0, not found)
+    finally:
+        subprocess.run(['umount', '--lazy', str(disk)], check=True)  # data-loader workers may take a while to go
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,289 @@
+"""Two processes against one, and processes that die, on a CPU, in one table; --short: no FSDP2, Slurm, mistakes.
+
+Everything runs in float64 on five images, an odd number, with augmentation, auxiliary head and clipped gradients.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import ArgumentParser
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from prettytable import PrettyTable
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / 'configs/volo_tiny_toy_streets.py'
+IN_FLOAT64, TRAIN, TEST = ROOT / 'tests/soak/float64.py', ROOT / 'tools/train.py', ROOT / 'tools/test.py'
+STEPS, FIRST_SAVED, BATCH = 5, 2, 4
+DIFFERENCE, SECONDS_TO_END, PATIENCE = 1e-10, 60, 600
+OPTIONS = [
+    'train_dataloader.num_workers=0',
+    'train_dataloader.persistent_workers=False',
+    'val_dataloader.num_workers=0',
+    'val_dataloader.persistent_workers=False',
+    'test_dataloader.num_workers=0',
+    'test_dataloader.persistent_workers=False',
+    'model.decode_head.dropout_ratio=0',
+    'model.auxiliary_head.dropout_ratio=0',
+    'default_hooks.logger.interval=1',
+    'default_hooks.checkpoint.max_keep_ckpts=-1',
+    'data_root=toy',
+]
+
+
+class Table:
+    """What was measured, and whether it is within its limit."""
+
+    def __init__(self):
+        self.rows: list[tuple] = []
+
+    def add(self, what: str, measured: float | str, limit: float | str, good: bool) -> None:
+        """Append a row."""
+        self.rows.append((what, measured, limit, 'ok' if good else 'FAILED'))
+
+    def add_difference(self, what: str, ours: Path, reference: Path) -> None:
+        """Append the largest difference of any weight or running statistic in two checkpoints."""
+        one, other = (torch.load(path, weights_only=False)['state_dict'] for path in (reference, ours))
+        assert one.keys() == other.keys()
+        largest = max(float((one[key].double() - other[key].double()).abs().max()) for key in one)
+        self.add(f'{what}: largest difference of a weight', f'{largest:.1e}', f'{DIFFERENCE:g}', largest <= DIFFERENCE)
+
+    def show(self) -> int:
+        """Print; returns the exit status."""
+        table = PrettyTable(['what', 'measured', 'limit', ''])
+        table.align = 'l'
+        table.add_rows(self.rows)
+        print(table)
+        return int(any(row[-1] != 'ok' for row in self.rows))
+
+
+def training(processes: int, work_dir: str, steps: int = STEPS, save_every: int = STEPS) -> list[str]:
+    """Arguments of tools/train.py for one global batch whatever the number of processes."""
+    return [
+        *(CONFIG, '--seed', '0', '--work-dir', work_dir),
+        *(['--launcher', 'pytorch'] if processes > 1 else []),
+        *('--cfg-options', *OPTIONS),
+        f'train_dataloader.batch_size={BATCH // processes}',
+        f'train_cfg.max_iters={steps}',
+        f'train_cfg.val_interval={steps}',
+        f'default_hooks.checkpoint.interval={save_every}',
+    ]
+
+
+def measuring(processes: int, out: str) -> list[str]:
+    """Arguments of tools/test.py."""
+    launcher = ['--launcher', 'pytorch'] if processes > 1 else []
+    return [CONFIG, f'one/iter_{STEPS}.pth', '--out', out, *launcher, '--cfg-options', *OPTIONS]
+
+
+def start(folder: Path, log: str, *command: object, **environment: str) -> subprocess.Popen:
+    """Start a command whose output goes to ``<log>.log``."""
+    with (folder / f'{log}.log').open('w') as file:
+        return subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            cwd=folder,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore', **environment},
+        )
+
+
+def finish(folder: Path, **processes: subprocess.Popen) -> None:
+    """Wait for processes that must succeed; prints the log of one that does not."""
+    for log, process in processes.items():
+        if process.wait(PATIENCE):
+            sys.exit(f'{(folder / f"{log}.log").read_text()}\n{log} ended with status {process.returncode}')
+
+
+def torchrun(*options: str) -> list[str]:
+    return ['-m', 'torch.distributed.run', *options]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return probe.getsockname()[1]
+
+
+def wait_for(what: Callable[[], object], run: subprocess.Popen, log: Path) -> object:
+    """First true result of ``what``, while the process runs."""
+    while not (result := what()):
+        if run.poll() is not None:
+            sys.exit(f'{log.read_text()}\nended too early, with status {run.returncode}')
+        time.sleep(0.05)
+    return result
+
+
+def process_of_rank(rank: int, launcher: subprocess.Popen) -> int | None:
+    """Id of a process that torchrun started."""
+    children = Path(f'/proc/{launcher.pid}/task/{launcher.pid}/children').read_text().split()
+    for child in children:
+        try:
+            if f'RANK={rank}' in Path(f'/proc/{child}/environ').read_text().split('\0'):
+                return int(child)
+        except FileNotFoundError:  # ended in between
+            continue
+    return None
+
+
+def two_nodes_equal_one_process(folder: Path, table: Table) -> None:
+    """Weights after some steps, validation, and the test of one checkpoint."""
+    one = start(
+        folder, 'one', IN_FLOAT64, TRAIN, *training(1, 'one', save_every=1), '+', TEST, *measuring(1, 'measured1')
+    )
+    finish(folder, one=one)
+    rendezvous = f'127.0.0.1:{free_port()}'
+    nodes = {
+        f'node{i}': start(
+            folder,
+            f'node{i}',
+            *torchrun('--nnodes', '2', '--node-rank', str(i), '--nproc-per-node', '1', '--rdzv-id', 'soak'),
+            *('--rdzv-backend', 'c10d', '--rdzv-endpoint', rendezvous),
+            *(IN_FLOAT64, TRAIN, *training(2, 'two'), '+', TEST, *measuring(2, 'measured2')),
+        )
+        for i in range(2)
+    }
+    finish(folder, **nodes)
+    what = f'2 rendezvous clients, {STEPS} steps'
+    table.add_difference(what, folder / f'two/iter_{STEPS}.pth', folder / f'one/iter_{STEPS}.pth')
+    scores = [validation(folder / work_dir) for work_dir in ('one', 'two')]
+    equal = scores[0] == scores[1]
+    table.add('their validation of 5 images', f'mIoU {scores[1]["mIoU"]:.2f}', f'{scores[0]["mIoU"]:.2f}', equal)
+    for name in ('metrics.json', 'per_image.csv', 'confusion.png', 'bootstrap.npz'):
+        contents = [(folder / out / name).read_bytes() for out in ('measured1', 'measured2')]
+        if name == 'metrics.json':
+            contents = [{**json.loads(content), 'date': None} for content in contents]
+        same = contents[0] == contents[1]
+        table.add(f'their test of 5 images: {name}', 'same' if same else 'differs', 'same', same)
+
+
+def validation(work_dir: Path) -> dict:
+    """Scores of the last validation."""
+    lines = max(work_dir.glob('*/vis_data/scalars.json')).read_text().splitlines()
+    scores = json.loads(lines[-1])
+    return {key: scores[key] for key in ('mIoU', 'mAcc', 'aAcc')}
+
+
+def a_dead_process_is_replaced_and_then_ends_the_run(folder: Path, table: Table) -> None:
+    """torchrun has one restart: rank 1 is killed twice."""
+    run = start(
+        folder,
+        'elastic',
+        *torchrun('--standalone', '--nproc-per-node', '2', '--max-restarts', '1'),
+        *(IN_FLOAT64, TRAIN, *training(2, 'elastic_work', steps=1000, save_every=1), '--resume'),
+        TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1',
+    )
+    saved, log = folder / 'elastic_work', folder / 'elastic.log'
+    wait_for((saved / f'iter_{FIRST_SAVED}.pth').exists, run, log)
+    first = process_of_rank(1, run)
+    os.kill(first, signal.SIGKILL)
+    wait_for((saved / f'iter_{STEPS}.pth').exists, run, log)
+    second = process_of_rank(1, run)
+    os.kill(second, signal.SIGKILL)
+    begin = time.monotonic()
+    status = run.wait(PATIENCE)
+    seconds = time.monotonic() - begin
+    output = log.read_text()
+    table.add_difference(
+        f'rank 1 killed, torchrun restarts, {STEPS} steps',
+        saved / f'iter_{STEPS}.pth',
+        folder / f'one/iter_{STEPS}.pth',
+    )
+    table.add('resumed from a checkpoint', output.count('resumed epoch'), 1, output.count('resumed epoch') == 1)
+    table.add('rank 1 killed again: s to the end', f'{seconds:.1f}', SECONDS_TO_END, seconds <= SECONDS_TO_END)
+    table.add('    exit status', status, 'not 0', status != 0)
+    cause = output.rpartition('Root Cause')[2]
+    named = 'rank      : 1' in cause and 'SIGKILL' in cause
+    table.add('    rank and reason', 'rank 1, SIGKILL' if named else 'not named', 'named', named)
+    ours = output.count('tools/train.py", line')
+    table.add('    tracebacks of ours', ours, 0, ours == 0)
+
+
+def shares_equal_the_whole(folder: Path, table: Table) -> None:
+    """FSDP2 with activation checkpointing; an ordinary run goes on with it for a step, and it with that one."""
+    sharded = ['runner_type=ShardedRunner', 'model.backbone.with_cp=True']
+    parts = [training(2, 'sharded_work', steps=steps, save_every=steps) for steps in (2, 3, STEPS)]
+    run = start(
+        folder,
+        'sharded',
+        *torchrun('--standalone', '--nproc-per-node', '2'),
+        *(IN_FLOAT64, TRAIN, *parts[0], *sharded),
+        *('+', TRAIN, *parts[1], '--resume'),
+        *('+', TRAIN, *parts[2], *sharded, '--resume'),
+    )
+    finish(folder, sharded=run)
+    what = f'FSDP2 with activation checkpointing, plain, FSDP2 again, {STEPS} steps'
+    table.add_difference(what, folder / f'sharded_work/iter_{STEPS}.pth', folder / f'one/iter_{STEPS}.pth')
+
+
+def slurm_equals_torchrun(folder: Path, table: Table) -> None:
+    """Two processes that find each other by Slurm's variables."""
+    variables = dict(
+        SLURM_NTASKS='2', SLURM_NODELIST='localhost', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port())
+    )
+    arguments = ['slurm' if word == 'pytorch' else word for word in training(2, 'slurm_work')]
+    tasks = {
+        f'task{i}': start(
+            folder, f'task{i}', IN_FLOAT64, TRAIN, *arguments, SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **variables
+        )
+        for i in range(2)
+    }
+    finish(folder, **tasks)
+    table.add_difference(
+        f'2 Slurm tasks, {STEPS} steps', folder / f'slurm_work/iter_{STEPS}.pth', folder / f'one/iter_{STEPS}.pth'
+    )
+    silent = 'Iter(train)' not in (folder / 'task1.log').read_text()
+    table.add('only rank 0 prints', 'yes' if silent else 'no', 'yes', silent)
+
+
+def a_mistake_is_one_sentence(folder: Path, table: Table) -> None:
+    """Of all processes, and of one."""
+    shutil.copytree(folder / 'toy', folder / 'broken')
+    last = sorted((folder / 'broken').glob('gtFine/val/*/*_labelTrainIds.png'))[1]  # read by rank 1 of 2
+    last.write_bytes(b'no PNG')
+    for what, mistake in {
+        'a wrong option': ['model.decode_head.channels=many'],
+        'a broken label, found by rank 0': ['data_root=broken'],
+    }.items():
+        run = start(
+            folder,
+            'mistake',
+            *torchrun('--standalone', '--nproc-per-node', '2'),
+            *(TRAIN, *training(2, 'mistaken'), *mistake),
+        )
+        status = run.wait(PATIENCE)
+        log = (folder / 'mistake.log').read_text()
+        sentences = [line for line in log.splitlines() if line.startswith('error: ')]
+        good = status != 0 and len(sentences) == 1 and 'train.py", line' not in log
+        table.add(f'{what}: sentences', len(sentences), 1, good)
+        print(*sentences, sep='\n')
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--short', action='store_true')
+    short = parser.parse_args(arguments).short
+    table = Table()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make = ROOT / 'tools/make_toy_streets.py'
+        finish(folder, toy=start(folder, 'toy', make, 'toy', '--train', 9, '--val', 5, '--size', '96x64'))
+        two_nodes_equal_one_process(folder, table)
+        a_dead_process_is_replaced_and_then_ends_the_run(folder, table)
+        if not short:
+            shares_equal_the_whole(folder, table)
+            slurm_equals_torchrun(folder, table)
+            a_mistake_is_one_sentence(folder, table)
+    return table.show()
+
+
+if __name__ == '__main__':
+    sys.exit(main())

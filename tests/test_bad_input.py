@@ -1,0 +1,242 @@
+"""What tests/soak/bad_input.py found, and that it finds such things."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from mmengine.registry import init_default_scope
+from mmseg.registry import MODELS
+from PIL import Image
+
+from mmseg_volo.apis import check_all_data, infer
+from mmseg_volo.apis.benchmark_sliding import benchmark_sliding
+from mmseg_volo.apis.config import load_config
+from mmseg_volo.apis.plot import plot
+from mmseg_volo.apis.profile_step import profile_step
+from mmseg_volo.apis.report import read_run
+from mmseg_volo.datasets.toy_streets import make_toy_streets, parse_size
+from mmseg_volo.errors import UserError, one_sentence_errors
+
+CONFIG = str(ROOT / 'configs/volo_tiny_toy_streets.py')
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory) -> Path:
+    """A folder with toy streets and a checkpoint of random weights."""
+    folder = tmp_path_factory.mktemp('place')
+    make_toy_streets(folder / 'toy', 2, 1, (64, 48))
+    init_default_scope('mmseg')
+    model = MODELS.build(load_config(CONFIG, {}).model)
+    torch.save(dict(state_dict=model.state_dict()), folder / 'random.pth')
+    return folder
+
+
+def sentence(action, capsys) -> str:
+    """What is printed where ``action`` ends with one sentence."""
+    with pytest.raises(SystemExit) as end, one_sentence_errors():
+        action()
+    assert end.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith('error: '), lines
+    return lines[0]
+
+
+# Configs
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'model': 3}, 'model must be dict in a config, got 3'),
+        ({'model.decode_head.num_classes': None}, 'model.decode_head.num_classes must be int in a config, got None'),
+        ({'train_dataloader': 'a'}, "train_dataloader must be dict in a config, got 'a'"),
+        ({'val_dataloader.batch_size': 'two'}, "val_dataloader.batch_size must be int in a config, got 'two'"),
+        ({'test_dataloader.dataset': [1]}, r'test_dataloader.dataset must be dict in a config, got \[1\]'),
+        ({'train_dataloader.dataset.dataset': 1}, 'a data set must be a dict in a config, got 1'),
+        ({'train_dataloader.dataset.datasets': 1}, 'datasets must be .* in a config, got 1'),
+        ({'data_root': 3}, 'data_root must be .* in a config, got 3'),
+        ({'test_dataloader.dataset.pipeline': 3}, 'the steps of a pipeline must be a list, got 3'),
+        ({'tta_pipeline': [{'type': 'TestTimeAug', 'transforms': 3}]}, 'the steps of a pipeline must be a list, got 3'),
+        ({'test_dataloader.dataset.pipeline': [3]}, 'a step of a pipeline must be a dict with a type, got 3'),
+        ({'test_dataloader.dataset.pipeline.1': 3}, 'dataset.pipeline.1 cannot be set in .*: AttributeError'),
+        (
+            {'tta_pipeline': [{'type': 'TestTimeAug', 'transforms': [[{}]]}]},
+            'a step of a pipeline must be a dict with a type, got {}',
+        ),
+        ({'custom_hooks': 1.5}, r'custom_hooks must be list \| None in a config, got 1.5'),
+        ({'param_scheduler.9.end': 1}, r'param_scheduler\.9\.end cannot be set in .*: KeyError'),
+        ({'crop_size': 1, 'crop_size.x': 1}, r'crop_size, crop_size\.x cannot be set in .*: TypeError'),
+    ],
+)
+def test_what_the_tools_read_of_a_config_is_what_they_need(options, message):
+    with pytest.raises(UserError, match=message):
+        load_config(CONFIG, options)
+
+
+@pytest.mark.parametrize('text', ['raise SystemExit(0)', 'x = (', '1/0', "_base_ = ['config.py']", 'a = "\\ud800"\n\0'])
+def test_a_config_file_that_does_not_load_is_named(tmp_path, text):
+    (tmp_path / 'config.py').write_text(text)
+    with pytest.raises(UserError, match=r'config .*config\.py does not load: '):
+        load_config(str(tmp_path / 'config.py'), {})
+
+
+def test_what_mmengine_raises_while_it_builds_names_what_it_built(place, capsys, monkeypatch):
+    options = {'data_root': str(place / 'toy'), 'val_dataloader.dataset.a': 1}
+
+    def check():
+        check_all_data(CONFIG, str(place / 'look.png'), ['val'], options)
+
+    said = sentence(check, capsys)
+    assert 'the config cannot be used: CityscapesDataset: TypeError: ' in said and "argument 'a'" in said
+    monkeypatch.setenv('MMSEG_VOLO_TRACEBACK', '1')
+    with pytest.raises(TypeError), one_sentence_errors():
+        check()
+    assert not (place / 'look.png').exists()
+
+
+def test_labels_without_a_folder_are_missed_before_they_are_read(place):
+    options = {
+        'data_root': str(place / 'toy'),
+        'val_dataloader.dataset.data_prefix': {'_delete_': True, 'img_path': '.'},
+    }
+    with pytest.raises(UserError, match='the val data loads labels, but has no data_prefix.seg_map_path'):
+        check_all_data(CONFIG, str(place / 'look.png'), ['val'], options)
+
+
+def test_a_defect_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError), one_sentence_errors():
+        print(1 / 0)
+
+
+# Paths and numbers
+
+
+def test_a_path_that_cannot_be_is_one_sentence(capsys):
+    assert 'File name too long: ' in sentence(lambda: load_config('x' * 300, {}), capsys)
+
+
+@pytest.mark.parametrize(
+    ('call', 'message'),
+    [
+        (lambda: profile_step(CONFIG, images=0), '--images must be at least 1, got 0'),
+        (lambda: profile_step(CONFIG, batch=-1), '--batch must be at least 1, got -1'),
+        (lambda: benchmark_sliding(CONFIG, sizes=[64, -1]), '--sizes must be at least 1, got -1'),
+        (lambda: infer(CONFIG, 'x.pth', [CONFIG], 'nowhere', device='meta'), '--device meta cannot be used'),
+        (lambda: parse_size('9' * 5000 + 'x1'), 'size must be WIDTHxHEIGHT'),
+    ],
+)
+def test_numbers_and_devices_out_of_range(call, message):
+    with pytest.raises(UserError, match=message):
+        call()
+
+
+# Files
+
+
+@pytest.mark.parametrize('size', [(30000, 1), (1, 3000)])
+def test_a_picture_too_slim_for_the_model_is_skipped(place, tmp_path, size, capsys):
+    paths = [str(tmp_path / name) for name in ('slim.png', 'sound.png')]
+    Image.new('RGB', size).save(paths[0])
+    Image.new('RGB', (64, 48)).save(paths[1])
+    options = {'test_dataloader.dataset.pipeline.1.scale': (64, 48)}
+    assert infer(CONFIG, str(place / 'random.pth'), paths, str(tmp_path / 'out'), cfg_options=options) == paths[:1]
+    assert f'slim.png is {size[0]} x {size[1]}, too small or slim for the model' in capsys.readouterr().out
+    assert [path.name for path in sorted((tmp_path / 'out').rglob('*.png'))] == ['sound.png'] * 2
+
+
+def test_flat_pictures_of_a_data_set_are_drawn_no_wider_than_a_screen(place, tmp_path):
+    data = tmp_path / 'data'
+    shutil.copytree(place / 'toy', data)
+    for path in data.rglob('*.png'):
+        Image.new('RGB' if 'leftImg' in path.name else 'L', (30000, 2)).save(path)
+    check_all_data(CONFIG, str(tmp_path / 'look.png'), ['val'], {'data_root': str(data)})
+    assert Image.open(tmp_path / 'look.png').width < 3000
+
+
+def test_a_video_whose_name_is_no_text_is_refused(place, tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b'/\xff.avi')
+    Path(path).touch()
+    with pytest.raises(UserError, match='OpenCV needs UTF-8'):
+        infer(CONFIG, str(place / 'random.pth'), [path], str(tmp_path / 'out'))
+
+
+def test_file_names_that_are_no_text_can_be_printed(capsys):
+    with one_sentence_errors():
+        print('\udcff')
+    assert capsys.readouterr().out == '\\udcff\n'
+
+
+@pytest.mark.parametrize(
+    'line', ['3', '{"loss": 1.0}', '{"step": 1, "loss": "a"}', '{"step": [], "lr": 1}', '{', '\udcff']
+)
+def test_a_log_that_is_damaged_is_named(tmp_path, line):
+    log = tmp_path / 'run/1/vis_data/scalars.json'
+    log.parent.mkdir(parents=True)
+    log.write_bytes(os.fsencode(line + '\n'))
+    with pytest.raises(UserError, match=r'scalars\.json is damaged'):
+        plot([str(tmp_path / 'run')], str(tmp_path / 'plot.png'))
+    assert not (tmp_path / 'plot.png').exists()
+
+
+@pytest.mark.parametrize('damage', ['cut', 'no draws', 'no metrics', 'a list'])
+def test_another_run_that_is_damaged_is_refused_before_testing(tmp_path, damage):
+    record = dict(classes=[dict(name='a', IoU=1.0)], images_sha256='0', metrics=dict(mIoU=1.0, aAcc=1.0))
+    draws = dict(mIoU=np.ones(9), aAcc=np.ones(9), IoU=np.ones((9, 1)))
+    if damage == 'no draws':
+        del draws['IoU']
+    if damage == 'no metrics':
+        del record['metrics']
+    (tmp_path / 'metrics.json').write_text(json.dumps([record] if damage == 'a list' else record))
+    np.savez_compressed(tmp_path / 'bootstrap.npz', **draws)
+    if damage == 'cut':
+        whole = (tmp_path / 'bootstrap.npz').read_bytes()
+        (tmp_path / 'bootstrap.npz').write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match='needs a metrics.json of tools/test.py with its bootstrap.npz'):
+        read_run(str(tmp_path / 'metrics.json'), ['a'], '0')
+
+
+# The soak test itself
+
+
+@pytest.fixture(scope='module')
+def soak():
+    spec = importlib.util.spec_from_file_location('bad_input', ROOT / 'tests/soak/bad_input.py')
+    module = importlib.util.module_from_spec(spec)
+    sys.modules['bad_input'] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ('tool', 'ending'),
+    [
+        (lambda: None, 'fine'),
+        (lambda: (print('error: no', file=sys.stderr), sys.exit(2)), 'refused'),
+        (lambda: sys.exit(2), 'status 2 without one sentence'),
+        (lambda: 1 / 0, 'traceback: ZeroDivisionError'),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), 'crash: signal 9'),
+        (lambda: os.read(os.pipe()[0], 1), 'hang: '),
+        (lambda: Path('.partial-a.png').touch(), 'partial output: .partial-a.png'),
+        (lambda: Path('a.png').write_bytes(b'half'), 'partial output: a.png'),
+    ],
+    ids=['fine', 'refused', 'no sentence', 'traceback', 'crash', 'hang', 'partial name', 'partial file'],
+)
+def test_the_soak_test_tells_endings_apart(soak, tmp_path, monkeypatch, tool, ending):
+    monkeypatch.setattr(soak, 'main_of', lambda name: tool)
+    monkeypatch.setattr(soak, 'LIMIT', 3)
+    assert soak.run_alone(lambda case: ('plot', []), (), tmp_path)[0].startswith(ending)
+
+
+def test_the_soak_test_makes_a_failing_case_smaller(soak, tmp_path, monkeypatch):
+    monkeypatch.setattr(soak, 'main_of', lambda name: lambda: '--size' in sys.argv and 1 / 0)
+    counts, failed = soak.draw(soak.commands, 0, tmp_path)
+    assert failed.startswith("commands, seed 0: ('make_toy_streets', [])\n  traceback: ZeroDivisionError"), failed
+    assert counts['traceback'] == 1 and counts['cases'] == counts['fine'] + 1

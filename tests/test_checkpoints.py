@@ -1,0 +1,188 @@
+"""Nothing is lost: what a run leaves behind when it is stopped, and how it goes on."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from mmengine.hooks import Hook
+from mmseg.registry import HOOKS
+
+from mmseg_volo import DurableCheckpointHook
+from mmseg_volo.apis import train
+from mmseg_volo.datasets.toy_streets import make_toy_streets
+from mmseg_volo.engine.checkpoints import DurableBackend, newest_whole_checkpoint
+from mmseg_volo.errors import UserError
+from mmseg_volo.models.weights import read_checkpoint
+
+CONFIG = str(ROOT / 'configs/volo_tiny_toy_streets.py')
+ITERATIONS = 6
+
+
+class Lightning(Exception):
+    pass
+
+
+@HOOKS.register_module()
+class DoAtHook(Hook):
+    """Send this process a signal in the midst of an iteration, or strike it with lightning."""
+
+    def __init__(self, iteration: int, number: int | None = None):
+        self.iteration, self.number = iteration, number
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if batch_idx == self.iteration:
+            if self.number is None:
+                raise Lightning
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.fixture(scope='module')
+def toy(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp('toy')
+    make_toy_streets(folder, train=4, val=2, size=(96, 64))
+    return folder
+
+
+def run(toy: Path, work_dir: Path, *hooks: dict, **settings: object):
+    options = {
+        'data_root': str(toy),
+        'train_cfg.max_iters': ITERATIONS,
+        'train_cfg.val_interval': 2,
+        'default_hooks.checkpoint.interval': 2,
+        'default_hooks.checkpoint.max_keep_ckpts': 2,
+        'train_dataloader.batch_size': 2,
+        'model.backbone.drop_path_rate': 0.3,
+        'visualizer.vis_backends': [dict(type='LocalVisBackend')],
+        'custom_hooks': [dict(type='EMAHook', momentum=0.2), *hooks],
+    }
+    for loader in ('train', 'val', 'test'):
+        options |= {f'{loader}_dataloader.num_workers': 0, f'{loader}_dataloader.persistent_workers': False}
+    options |= settings.pop('cfg_options', {})
+    return train(CONFIG, str(work_dir), cfg_options=options, **settings)
+
+
+@pytest.fixture(scope='module')
+def whole(toy, tmp_path_factory) -> Path:
+    """Work dir of a run that nothing disturbed."""
+    work_dir = tmp_path_factory.mktemp('whole')
+    run(toy, work_dir, seed=0)
+    return work_dir
+
+
+def assert_ended_as(work_dir: Path, whole: Path) -> None:
+    names = [sorted(path.name for path in folder.glob('*.pth*')) for folder in (work_dir, whole)]
+    assert names[0] == names[1]
+    for name in names[0]:
+        one, other = read_checkpoint(work_dir / name), read_checkpoint(whole / name)
+        assert_same_weights(one, other)
+        for key in ('best_score', 'keep_ckpt_ids'):
+            assert one['message_hub']['runtime_info'][key] == other['message_hub']['runtime_info'][key]
+
+
+def assert_same_weights(one: dict, other: dict) -> None:
+    for part in ('state_dict', 'ema_state_dict'):
+        assert one[part].keys() == other[part].keys()
+        assert all(torch.equal(tensor, other[part][key]) for key, tensor in one[part].items()), part
+
+
+def test_a_run_struck_by_lightning_ends_as_if_it_had_not_been(toy, whole, tmp_path):
+    with pytest.raises(Lightning):
+        run(toy, tmp_path, dict(type='DoAtHook', iteration=3), seed=0)
+    (tmp_path / 'iter_4.pth.unfinished').write_bytes(b'half of')
+    run(toy, tmp_path, resume='auto')  # the seed is the checkpoint's
+    assert_ended_as(tmp_path, whole)
+
+
+def test_a_validation_that_was_due_is_made_up_for(toy, whole, tmp_path, monkeypatch):
+    after_val_epoch = DurableCheckpointHook.after_val_epoch
+
+    def strike(hook, runner, metrics):
+        if runner.iter == 4:
+            raise Lightning
+        after_val_epoch(hook, runner, metrics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DurableCheckpointHook, 'after_val_epoch', strike)
+        with pytest.raises(Lightning):
+            run(toy, tmp_path, seed=0)
+    assert newest_whole_checkpoint(tmp_path)[0].endswith('iter_4.pth')
+    run(toy, tmp_path, resume='auto')
+    assert_ended_as(tmp_path, whole)
+
+
+def test_a_signal_saves_and_exits_with_its_status(toy, whole, tmp_path, capsys):
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(SystemExit) as end:
+        run(toy, tmp_path, dict(type='DoAtHook', iteration=2, number=int(signal.SIGTERM)), seed=0)
+    assert end.value.code == 143
+    assert f'stopped by SIGTERM; --resume goes on from {tmp_path}/iter_3.pth' in capsys.readouterr().err
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+    run(toy, tmp_path, resume='auto')
+    assert_same_weights(*(read_checkpoint(folder / 'iter_6.pth') for folder in (tmp_path, whole)))
+
+
+def test_the_last_checkpoint_stays_until_the_next_is_whole(toy, tmp_path, monkeypatch):
+    put = DurableBackend.put
+
+    def full(self, obj, filepath):
+        if 'iter_4' in str(filepath):
+            raise UserError('no space')
+        put(self, obj, filepath)
+
+    monkeypatch.setattr(DurableBackend, 'put', full)
+    with pytest.raises(UserError, match='no space'):
+        run(toy, tmp_path, seed=0, cfg_options={'default_hooks.checkpoint.max_keep_ckpts': 1})
+    assert newest_whole_checkpoint(tmp_path)[0].endswith('iter_2.pth')
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    backend, path = DurableBackend(), tmp_path / 'new' / 'x.pth'
+    backend.put(b'one', path)
+
+    def full(descriptor):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(UserError, match=r'cannot write .*x\.pth \(No space left on device\); make room'):
+        backend.put(b'two', path)
+    assert path.read_bytes() == b'one' and list(path.parent.iterdir()) == [path]
+
+
+def test_what_is_replaced_is_removed_when_asked(tmp_path):
+    backend, path = DurableBackend(), tmp_path / 'x.pth'
+    backend.put(b'one', path)
+    backend.remove(path)
+    assert path.exists()
+    backend.remove_outdated()
+    assert not path.exists() and not backend.outdated
+
+
+def test_a_damaged_checkpoint_is_skipped(tmp_path):
+    assert newest_whole_checkpoint(tmp_path) is None
+    for number in (8, 9, 10):
+        torch.save(dict(state_dict={}, meta=dict(iter=number)), tmp_path / f'iter_{number}.pth')
+    torch.save({}, tmp_path / 'best_mIoU_iter_11.pth')
+    os.truncate(tmp_path / 'iter_10.pth', 200)
+    path, contents = newest_whole_checkpoint(tmp_path)
+    assert path == str(tmp_path / 'iter_9.pth') and contents['meta']['iter'] == 9
+    for number in (8, 9):
+        (tmp_path / f'iter_{number}.pth').write_bytes(b'')
+    with pytest.raises(UserError, match='no checkpoint in .* is whole'):
+        newest_whole_checkpoint(tmp_path)
+
+
+def test_weights_alone_cannot_be_resumed(toy, whole, tmp_path):
+    (best,) = whole.glob('best_*.pth')
+    with pytest.raises(UserError, match=r'--resume cannot go on from .*best_mIoU.*load_from='):
+        run(toy, tmp_path, resume=str(best))
+
+
+def test_deterministic_asks_torch_for_it(toy, tmp_path):
+    try:
+        run(toy, tmp_path, seed=0, deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
