@@ -12,6 +12,7 @@ from datetime import timedelta
 from io import TextIOWrapper
 from types import CodeType
 
+from mmengine.model import BaseModule
 from mmengine.registry import build_from_cfg
 from mmengine.runner import Runner
 from torch.distributed import DistError, PrefixStore, TCPStore
@@ -83,6 +84,7 @@ def _first_to_say(sentence: str) -> bool:
 
 
 def _builders() -> set[CodeType]:
-    """The functions of mmengine that make objects of a config's values, and do nothing else."""
+    """The functions of mmengine that make objects of a config's values, or set them up with these."""
     methods = [method for name, method in vars(Runner).items() if name.startswith(('build_', 'from_cfg', 'scale_lr'))]
-    return {getattr(method, '__func__', method).__code__ for method in (build_from_cfg, *methods)}
+    functions = (build_from_cfg, BaseModule.init_weights, *methods)
+    return {getattr(function, '__func__', function).__code__ for function in functions}

@@ -102,6 +102,12 @@ def test_what_mmengine_raises_while_it_builds_names_what_it_built(place, capsys,
     assert not (place / 'look.png').exists()
 
 
+def test_weights_that_cannot_be_initialised_are_one_sentence(capsys):
+    init_default_scope('mmseg')
+    model = MODELS.build(load_config(CONFIG, {'model.backbone.init_cfg': -1}).model)
+    assert "the config cannot be used: TypeError: 'int' object is not iterable" in sentence(model.init_weights, capsys)
+
+
 def test_labels_without_a_folder_are_missed_before_they_are_read(place):
     options = {
         'data_root': str(place / 'toy'),

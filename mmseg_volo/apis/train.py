@@ -117,7 +117,7 @@ def _explain_dead_worker(error: RuntimeError, runner: Runner) -> None:
             if isinstance(transform, BeginSample):
                 file = file or transform.last_file(int(dead[1]))
     raise UserError(
-        f'data-loader worker {dead[1]} {dead[2].rstrip(".")}, while reading {file or "the validation set"}; '
+        f'data-loader worker {dead[1]} {dead[2].rstrip(". ")} while reading {file or "the validation set"}; '
         'if memory ran out, use fewer: --cfg-options train_dataloader.num_workers=1'
     ) from None
 
