@@ -78,7 +78,7 @@ def assert_ended_as(work_dir: Path, whole: Path) -> None:
     for name in names[0]:
         one, other = read_checkpoint(work_dir / name), read_checkpoint(whole / name)
         assert_same_weights(one, other)
-        for key in ('best_score', 'keep_ckpt_ids'):
+        for key in ('best_score', 'keep_ckpt_ids', 'iter'):
             assert one['message_hub']['runtime_info'][key] == other['message_hub']['runtime_info'][key]
 
 

@@ -99,6 +99,7 @@ class DurableCheckpointHook(CheckpointHook):
         if runner.iter:  # resumed
             self.last_ckpt, self.saved_iter = runner.message_hub.runtime_info.get('last_ckpt'), runner.iter
             if _validation_is_due(runner):
+                runner.message_hub.update_info('iter', runner.iter - 1)  # as mmengine has it in any other validation
                 runner.val_loop.run()
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
