@@ -1,13 +1,13 @@
 """Label maps as pictures."""
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from .files import whole
 
 ROWS = 256  # worked on at a time: pictures may be huge
 PIXELS = 2**20  # counted at a time: np.bincount makes them int64
@@ -78,15 +78,3 @@ def save_whole(picture: Image.Image, path: Path) -> None:
     """Save as PNG, whole or not at all."""
     with whole(path) as partial:
         picture.save(partial, format='PNG')
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A name to write to, which becomes ``path`` unless something is raised, so that nobody finds half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f'.partial-{path.name}')  # of the same suffix: OpenCV goes by it
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

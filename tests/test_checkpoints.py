@@ -91,7 +91,7 @@ def assert_same_weights(one: dict, other: dict) -> None:
 def test_a_run_struck_by_lightning_ends_as_if_it_had_not_been(toy, whole, tmp_path):
     with pytest.raises(Lightning):
         run(toy, tmp_path, dict(type='DoAtHook', iteration=3), seed=0)
-    (tmp_path / 'iter_4.pth.unfinished').write_bytes(b'half of')
+    (tmp_path / '.partial-iter_4.pth').write_bytes(b'half of')
     run(toy, tmp_path, resume='auto')  # the seed is the checkpoint's
     assert_ended_as(tmp_path, whole)
 

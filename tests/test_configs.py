@@ -164,3 +164,12 @@ def test_baselines_differ_from_volo_d1_in_the_backbone_alone(name):
     with torch.no_grad():
         outputs = model.eval().backbone(torch.zeros(1, 3, 64, 64))
     assert [y.shape[1] for y in outputs] == list(model.decode_head.in_channels)
+
+
+def test_the_sharded_config_is_its_leaf_but_for_batch_and_runner():
+    names = 'sharded/volo_d5_cityscapes_fsdp.py', 'volo_d5_cityscapes.py'
+    cfg, leaf = (load(name).to_dict() for name in names)  # to_dict() resolves mmengine's lazy objects
+    assert {key for key in cfg if cfg[key] != leaf.get(key)} == {'train_dataloader', 'runner_type'}
+    batch_size = cfg['train_dataloader']['batch_size']
+    assert 8 * batch_size == cfg['auto_scale_lr']['base_batch_size']
+    assert cfg['train_dataloader'] == dict(leaf['train_dataloader'], batch_size=batch_size)

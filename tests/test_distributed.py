@@ -144,7 +144,7 @@ def test_more_processes_than_gpus_are_a_mistake(monkeypatch):
 
 
 def test_the_leaf_of_fsdp_names_a_runner_that_needs_several_processes():
-    runner_type = RUNNERS.get(Config.fromfile(ROOT / 'configs/volo_d5_cityscapes_fsdp.py').runner_type)
+    runner_type = RUNNERS.get(Config.fromfile(ROOT / 'configs/sharded/volo_d5_cityscapes_fsdp.py').runner_type)
     runner = runner_type.__new__(runner_type)
     runner._distributed = False
     with pytest.raises(UserError, match='several processes'):

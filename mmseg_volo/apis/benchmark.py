@@ -26,7 +26,7 @@ from ..errors import UserError
 from ..models.volo import VOLO
 from ..ops import explain, outlook_attention
 from ..ops.reference import outlook_attention_reference
-from .segmentor import autocast, segmentor_speed
+from .segmentor import autocast, measured_device, segmentor_speed
 
 HEAD_WIDTH = 32
 # Cells of the table: arch, image side, rounds. The authors' D4 at 1024 takes a minute a pass on two cores.
@@ -93,10 +93,7 @@ def benchmark(
     Raises:
         UserError: the device is not there, the file cannot be written, or parity failed.
     """
-    if device == 'auto':
-        device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    if device == 'cuda' and not torch.cuda.is_available():
-        raise UserError('--device cuda, but torch finds no GPU; leave it out, or use --device cpu')
+    device = measured_device(device)
     if json_path is not None and not Path(json_path).resolve().parent.is_dir():
         raise UserError(f'--json {json_path}: no folder {Path(json_path).resolve().parent}; make it first')
     init_default_scope('mmseg')

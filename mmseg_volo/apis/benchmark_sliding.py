@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import UserError
 from ..models.segmentor import SlidingSegmentor
 from .benchmark import environment, paired_times, peak_bytes
-from .segmentor import autocast, build_segmentor
+from .segmentor import autocast, build_segmentor, measured_device
 
 AGAINST_MMSEG = (1024, 2048)
 TOLERANCE = 1e-5
@@ -35,10 +35,7 @@ def benchmark_sliding(
     """
     if min(sizes) < 1:
         raise UserError(f'--sizes must be at least 1, got {min(sizes)}')
-    if device == 'auto':
-        device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    if device == 'cuda' and not torch.cuda.is_available():
-        raise UserError('--device cuda, but torch finds no GPU; leave it out, or use --device cpu')
+    device = measured_device(device)
     torch.manual_seed(0)
     cfg, _ = build_segmentor(config, 'cpu', cfg_options)
     if cfg.model.type is not SlidingSegmentor:

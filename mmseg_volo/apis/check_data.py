@@ -23,9 +23,8 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..pictures import overlay, save_whole, side_by_side, with_legend
-from .config import data_sets, load_config, make_writable, set_work_dir
+from .config import SPLITS, data_sets, load_config, picture_path, set_work_dir
 
-SPLITS = ('train', 'val', 'test')
 MAX_LABELS_CHECKED = 500  # per split, spread evenly: seconds, where Cityscapes' 2975 labels would take minutes
 FILES_NAMED = 3  # of each finding
 NAMES_LISTED = 8  # ids or classes in one line
@@ -118,10 +117,7 @@ def _picture_path(cfg: Config, config: str, out: str | None) -> Path:
     if out is None:
         set_work_dir(cfg, config, None)
         return Path(cfg.work_dir) / 'check_data.png'
-    if Path(out).suffix != '.png' or Path(out).is_dir():
-        raise UserError(f'--out {out} is no name for a picture; one that ends in .png is')
-    make_writable(Path(out).parent)
-    return Path(out)
+    return picture_path(out)
 
 
 class _Wrong(Exception):

@@ -122,6 +122,15 @@ def make_writable(folder: str | Path) -> Path:
     return folder
 
 
+def picture_path(out: str) -> Path:
+    """``out`` as a path to write a PNG to; raises ``UserError`` if it cannot be one."""
+    path = Path(out)
+    if path.suffix != '.png' or path.is_dir():
+        raise UserError(f'--out {out} is no name for a picture; one that ends in .png is')
+    make_writable(path.parent)
+    return path
+
+
 def data_sets(dataset: dict) -> list[dict]:
     """The data sets inside RepeatDataset, ConcatDataset and the like."""
     if not isinstance(dataset, dict):

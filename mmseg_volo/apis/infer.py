@@ -22,8 +22,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import UserError
+from ..files import whole
 from ..models.weights import load_segmentor
-from ..pictures import label_png, overlay, save_whole, whole, with_legend
+from ..pictures import label_png, overlay, save_whole, with_legend
 from .config import data_sets, load_config, make_writable
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')

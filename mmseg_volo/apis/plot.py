@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..errors import UserError
-from ..pictures import whole
-from .config import make_writable
+from ..files import whole
+from .config import picture_path
 
 CURVES = dict(loss='loss', lr='learning rate', mIoU='mIoU on val, %')
 
@@ -23,11 +23,9 @@ def plot(work_dirs: Sequence[str], out: str = 'plot.png') -> None:
     Raises:
         UserError: nothing has been logged in a work dir, or ``out`` cannot be written.
     """
-    if Path(out).suffix != '.png' or Path(out).is_dir():
-        raise UserError(f'--out {out} is no name for a picture; one that ends in .png is')
+    picture = picture_path(out)
     work_dirs = list(dict.fromkeys(work_dirs))
     runs = dict(zip(_names(work_dirs), map(_curves, map(Path, work_dirs)), strict=True))
-    make_writable(Path(out).parent)
     drawn = [key for key in CURVES if any(curves[key] for curves in runs.values())]
     figure = Figure((8, 2.5 * len(drawn)), layout='constrained')
     for axes, key in zip(figure.subplots(len(drawn), sharex=True, squeeze=False)[:, 0], drawn, strict=True):
@@ -41,7 +39,7 @@ def plot(work_dirs: Sequence[str], out: str = 'plot.png') -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.align_ylabels()
     figure.axes[0].legend()
-    with whole(Path(out)) as partial:
+    with whole(picture) as partial:
         figure.savefig(partial, format='png', dpi=150)
     print(f'{out}: {", ".join(drawn)} of {", ".join(work_dirs)}')
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .benchmark import LiveMemory, environment
-from .segmentor import autocast, build_segmentor, random_batch
+from .segmentor import autocast, build_segmentor, measured_device, random_batch
 
 
 def profile_step(
@@ -37,10 +37,7 @@ def profile_step(
     for option, value in dict(batch=batch, images=images).items():
         if value is not None and value < 1:
             raise UserError(f'--{option} must be at least 1, got {value}')
-    if device == 'auto':
-        device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    if device == 'cuda' and not torch.cuda.is_available():
-        raise UserError('--device cuda, but torch finds no GPU; leave it out, or use --device cpu')
+    device = measured_device(device)
     cfg, model = build_segmentor(config, device, cfg_options)
     batch = batch or cfg.train_dataloader.batch_size
     height, width = cfg.crop_size

@@ -4,7 +4,6 @@ import base64
 import csv
 import io
 import json
-import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from prettytable import PrettyTable
 
 from ..engine.metric import Totals, areas, category_iou, class_scores, interval, mean_scores
 from ..errors import UserError
+from ..files import whole
 
 IMAGE_SCORES = 'mIoU', 'aAcc', 'mBoundaryIoU'
 NUMBERED = 20  # classes whose confusion matrix still has room for numbers
@@ -144,10 +144,9 @@ def read_run(path: str, classes: Sequence[str], images_sha256: str) -> Run:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name first, so that nobody finds half of it."""
-    partial = path.with_name(path.name + '.partial')
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    """Write a file, whole or not at all."""
+    with whole(path) as partial:
+        partial.write_bytes(content)
 
 
 def _differences(record: dict, draws: dict[str, np.ndarray], other: Run) -> list[Difference]:

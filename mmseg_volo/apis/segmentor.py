@@ -13,6 +13,7 @@ from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
+from ..errors import UserError
 from .config import load_config
 
 
@@ -30,6 +31,15 @@ def random_batch(cfg: Config, model: nn.Module, batch: int, device: str) -> tupl
     labels = torch.randint(model.decode_head.num_classes, (batch, 1, height, width), device=device)
     samples = [SegDataSample(gt_sem_seg=PixelData(data=one)) for one in labels]
     return torch.randn(batch, 3, height, width, device=device), samples
+
+
+def measured_device(name: str) -> str:
+    """``'cuda'`` or ``'cpu'`` for ``'auto'``; raises ``UserError`` if the device is not there."""
+    if name == 'auto':
+        return 'cuda' if torch.cuda.is_available() else 'cpu'
+    if name == 'cuda' and not torch.cuda.is_available():
+        raise UserError('--device cuda, but torch finds no GPU; leave it out, or use --device cpu')
+    return name
 
 
 def autocast(device: str) -> AbstractContextManager:

@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.util
-import mmap
 import os
 import shutil
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from mmseg.registry import DATASETS
 
 from .._version import __version__
 from ..errors import UserError
-from ..models.weights import load_segmentor, local_copy
+from ..models.weights import file_sha256, load_segmentor, local_copy
 from .check_data import check_data
 from .config import data_sets, load_config, make_writable, set_work_dir
 from .distributed import join_processes
@@ -112,7 +111,7 @@ def test(
             config=str(config),
             config_sha256=config_sha256,
             checkpoint=str(checkpoint),
-            checkpoint_sha256=_file_sha256(local_copy(str(checkpoint))),
+            checkpoint_sha256=file_sha256(Path(local_copy(str(checkpoint))).expanduser()),
             seed=runner.seed,
             date=datetime.now().isoformat(timespec='seconds'),
             device=str(next(model.parameters()).device),
@@ -143,13 +142,8 @@ def _images_sha256(dataset: BaseDataset, root: str) -> str:
     return _sha256('\n'.join(sorted(names)).encode())
 
 
-def _sha256(content: bytes | mmap.mmap) -> str:
+def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def _file_sha256(path: str) -> str:
-    with Path(path).expanduser().open('rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return _sha256(content)
 
 
 def _leave_out_labels(cfg: Config) -> None:

@@ -56,20 +56,8 @@ def train(
     check_data(cfg, ('train', 'val'))
     set_work_dir(cfg, config, work_dir)
     cfg.resume = resume is not None
-    contents = {}
-    if resume == 'auto':
-        cfg.load_from, contents = newest_whole_checkpoint(cfg.work_dir) or (None, {})
-    elif resume is not None or cfg.get('load_from'):
-        cfg.load_from = local_copy(resume or cfg.load_from)
-        contents = read_checkpoint(cfg.load_from)
-    if cfg.resume and contents:
-        if not {'meta', 'message_hub', 'optimizer'} <= contents.keys():
-            raise UserError(
-                f'--resume cannot go on from {cfg.load_from}, which holds no optimizer: take an iter_*.pth, '
-                f'or start anew from its weights with --cfg-options load_from={cfg.load_from}'
-            )
-        seed = contents['meta'].get('seed') if seed is None else seed
-    _set_randomness(cfg, seed, deterministic)
+    kept_seed = _find_start(cfg, resume)
+    _set_randomness(cfg, kept_seed if seed is None else seed, deterministic)
 
     runner = RUNNERS.build(cfg) if cfg.get('runner_type') else Runner.from_cfg(cfg)
     try:
@@ -94,6 +82,24 @@ def train(
     if best:
         runner.logger.info(f'best checkpoint: {best}')
     return runner
+
+
+def _find_start(cfg: Config, resume: str | None) -> int | None:
+    """Set ``cfg.load_from`` to a checkpoint that can be read; returns the seed of the run to go on with."""
+    contents = {}  # gigabytes, which training must not hold
+    if resume == 'auto':
+        cfg.load_from, contents = newest_whole_checkpoint(cfg.work_dir) or (None, {})
+    elif resume is not None or cfg.get('load_from'):
+        cfg.load_from = local_copy(resume or cfg.load_from)
+        contents = read_checkpoint(cfg.load_from)
+    if not (cfg.resume and contents):
+        return None
+    if not {'meta', 'message_hub', 'optimizer'} <= contents.keys():
+        raise UserError(
+            f'--resume cannot go on from {cfg.load_from}, which holds no optimizer: take an iter_*.pth, '
+            f'or start anew from its weights with --cfg-options load_from={cfg.load_from}'
+        )
+    return contents['meta'].get('seed')
 
 
 def _set_randomness(cfg: Config, seed: int | None, deterministic: bool) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints that survive whatever happens while they are written."""
 
+import logging
 import os
 import re
 import signal
@@ -16,9 +17,9 @@ from mmengine.runner import Runner
 from mmseg.registry import HOOKS
 
 from ..errors import UserError
+from ..files import PARTIAL, whole
 from ..models.weights import read_checkpoint
 
-UNFINISHED = '.unfinished'
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 AGREE_EVERY = 10  # iterations between two exchanges of several processes about a signal
 
@@ -42,21 +43,17 @@ class DurableBackend(LocalBackend):
     def put(self, obj: bytes, filepath: str | Path) -> None:
         """Write ``obj`` under a temporary name, flush it, rename it; raises ``UserError`` where the disk is full."""
         path = Path(filepath)
-        unfinished = path.with_name(path.name + UNFINISHED)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with unfinished.open('wb') as file:
+            with whole(path) as partial, partial.open('wb') as file:
                 file.write(obj)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(unfinished, path)
             folder = os.open(path.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)  # else the rename may not outlive a power cut
             finally:
                 os.close(folder)
         except OSError as error:
-            unfinished.unlink(missing_ok=True)
             raise UserError(
                 f'cannot write {path} ({error.strerror}); make room and go on with --resume: earlier '
                 'checkpoints are whole'
@@ -93,7 +90,7 @@ class DurableCheckpointHook(CheckpointHook):
         self.file_backend.remove_outdated()
         if is_main_process():
             outdated = runner.message_hub.runtime_info.get('outdated_checkpoints', [])
-            unfinished = Path(self.out_dir).glob(f'*{UNFINISHED}')
+            unfinished = Path(self.out_dir).glob(f'{PARTIAL}*')
             for name in (*outdated, *unfinished):
                 Path(self.out_dir, Path(name).name).unlink(missing_ok=True)
         if runner.iter:  # resumed
@@ -186,7 +183,7 @@ def newest_whole_checkpoint(folder: str | Path) -> tuple[str, dict] | None:
         try:
             return str(path), read_checkpoint(str(path))
         except UserError as error:
-            print_log(f'skipped on resuming: {error}', logger='current', level=30)
+            print_log(f'skipped on resuming: {error}', logger='current', level=logging.WARNING)
     if newest_first:
         raise UserError(
             f'no checkpoint in {folder} is whole; move them away to start anew, or choose another --work-dir'

@@ -23,6 +23,7 @@ from PIL import Image
 from prettytable import PrettyTable
 
 from ..errors import UserError
+from ..files import whole
 from ..pictures import overlay
 
 REPLICATES = 1000
@@ -272,13 +273,11 @@ class SegmentationMetric(BaseMetric):
     def _join_rows(self, classes: Sequence[str]) -> None:
         """Make one file of those of all processes, which took turns in the order of the data set."""
         parts = [path for path in map(self._rows, range(get_world_size())) if path.exists()]
-        unfinished = self.out_dir / '.per_image.csv.partial'
-        with ExitStack() as stack:
+        with whole(self.out_dir / 'per_image.csv') as unfinished, ExitStack() as stack:
             writer = csv.writer(stack.enter_context(unfinished.open('w', newline='')))
             writer.writerow(['image', 'pixels', 'mIoU', 'aAcc', 'mBoundaryIoU', *(f'IoU {name}' for name in classes)])
             readers = [csv.reader(stack.enter_context(path.open(newline=''))) for path in parts]
             writer.writerows(row for turn in zip_longest(*readers) for row in turn if row)
-        os.replace(unfinished, self.out_dir / 'per_image.csv')
         for path in parts:
             path.unlink()
 

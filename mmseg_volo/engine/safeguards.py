@@ -13,6 +13,7 @@ from mmseg.structures import SegDataSample
 from torch.nn.utils import get_total_norm
 
 from ..errors import UserError
+from ..files import whole
 
 
 @HOOKS.register_module()
@@ -58,7 +59,8 @@ class NonFiniteLossHook(Hook):
         files = [sample.img_path for sample in data_batch['data_samples']]
         path = Path(runner.work_dir) / f'non_finite_iter_{number}_rank_{runner.rank}.pth'
         labels = [sample.gt_sem_seg.data for sample in data_batch['data_samples']]
-        torch.save(dict(inputs=list(data_batch['inputs']), labels=labels, files=files), path)
+        with whole(path) as partial:
+            torch.save(dict(inputs=list(data_batch['inputs']), labels=labels, files=files), partial)
         sentence = (
             f'the loss ({loss:g}) or its gradients are not finite at iteration {number} '
             f'(learning rate {rate:g}); the batch is saved as {path}: {", ".join(files)}'

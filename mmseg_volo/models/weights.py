@@ -383,7 +383,7 @@ def local_copy(source: str) -> str:
             torch.hub.download_url_to_file(url, str(path))  # to a temporary name, then renamed
     except (OSError, HTTPException, ValueError) as error:  # ValueError: no URL
         raise UserError(f'cannot download {source} ({error}); fetch it by hand and give its path') from None
-    if expected and not (actual := _sha256(path)).startswith(expected):
+    if expected and not (actual := file_sha256(path)).startswith(expected):
         path.unlink()
         raise UserError(f'{url} is refused: its SHA-256 should be {expected}, but is {actual}; the download is removed')
     return str(path)
@@ -402,7 +402,8 @@ def _expected_sha256(source: str) -> str:
     return named[1] if named else ''
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
     digest = hashlib.sha256()
     with path.open('rb') as file:
         while block := file.read(2**20):

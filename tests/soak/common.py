@@ -25,7 +25,6 @@ CONFIG = Path(__file__).parents[2] / 'configs/volo_tiny_toy_streets.py'
 def arguments(description: str) -> Namespace:
     parser = ArgumentParser(description=description)
     parser.add_argument('--short', action='store_true', help='what CI runs')
-    parser.add_argument('--seed', type=int, default=0, help='of what the script draws')
     torch.set_num_threads(1)  # before any parallel region, whose threads a forked child would miss
     return parser.parse_args()
 

@@ -10,27 +10,22 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
-from argparse import ArgumentParser
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from prettytable import PrettyTable
+from common import CONFIG, Report, arguments, toy_place
+
+from mmseg_volo.apis.config import SPLITS
+from mmseg_volo.models.weights import read_checkpoint
 
 ROOT = Path(__file__).parents[2]
-CONFIG = ROOT / 'configs/volo_tiny_toy_streets.py'
 IN_FLOAT64, TRAIN, TEST = ROOT / 'tests/soak/float64.py', ROOT / 'tools/train.py', ROOT / 'tools/test.py'
 STEPS, FIRST_SAVED, BATCH = 5, 2, 4
 DIFFERENCE, SECONDS_TO_END, PATIENCE = 1e-10, 60, 600
 OPTIONS = [
-    'train_dataloader.num_workers=0',
-    'train_dataloader.persistent_workers=False',
-    'val_dataloader.num_workers=0',
-    'val_dataloader.persistent_workers=False',
-    'test_dataloader.num_workers=0',
-    'test_dataloader.persistent_workers=False',
+    *(f'{split}_dataloader.num_workers=0' for split in SPLITS),
+    *(f'{split}_dataloader.persistent_workers=False' for split in SPLITS),
     'model.decode_head.dropout_ratio=0',
     'model.auxiliary_head.dropout_ratio=0',
     'default_hooks.logger.interval=1',
@@ -39,30 +34,12 @@ OPTIONS = [
 ]
 
 
-class Table:
-    """What was measured, and whether it is within its limit."""
-
-    def __init__(self):
-        self.rows: list[tuple] = []
-
-    def add(self, what: str, measured: float | str, limit: float | str, good: bool) -> None:
-        """Append a row."""
-        self.rows.append((what, measured, limit, 'ok' if good else 'FAILED'))
-
-    def add_difference(self, what: str, ours: Path, reference: Path) -> None:
-        """Append the largest difference of any weight or running statistic in two checkpoints."""
-        one, other = (torch.load(path, weights_only=False)['state_dict'] for path in (reference, ours))
-        assert one.keys() == other.keys()
-        largest = max(float((one[key].double() - other[key].double()).abs().max()) for key in one)
-        self.add(f'{what}: largest difference of a weight', f'{largest:.1e}', f'{DIFFERENCE:g}', largest <= DIFFERENCE)
-
-    def show(self) -> int:
-        """Print; returns the exit status."""
-        table = PrettyTable(['what', 'measured', 'limit', ''])
-        table.align = 'l'
-        table.add_rows(self.rows)
-        print(table)
-        return int(any(row[-1] != 'ok' for row in self.rows))
+def add_difference(report: Report, what: str, ours: Path, reference: Path) -> None:
+    """Append the largest difference of any weight or running statistic in two checkpoints."""
+    one, other = (read_checkpoint(path)['state_dict'] for path in (reference, ours))
+    assert one.keys() == other.keys()
+    largest = max(float((one[key].double() - other[key].double()).abs().max()) for key in one)
+    report.row(f'{what}: largest difference of a weight', f'{largest:.1e}', f'{DIFFERENCE:g}', largest <= DIFFERENCE)
 
 
 def training(processes: int, work_dir: str, steps: int = STEPS, save_every: int = STEPS) -> list[str]:
@@ -134,7 +111,7 @@ def process_of_rank(rank: int, launcher: subprocess.Popen) -> int | None:
     return None
 
 
-def two_nodes_equal_one_process(folder: Path, table: Table) -> None:
+def two_nodes_equal_one_process(folder: Path, report: Report) -> None:
     """Weights after some steps, validation, and the test of one checkpoint."""
     one = start(
         folder, 'one', IN_FLOAT64, TRAIN, *training(1, 'one', save_every=1), '+', TEST, *measuring(1, 'measured1')
@@ -153,16 +130,16 @@ def two_nodes_equal_one_process(folder: Path, table: Table) -> None:
     }
     finish(folder, **nodes)
     what = f'2 rendezvous clients, {STEPS} steps'
-    table.add_difference(what, folder / f'two/iter_{STEPS}.pth', folder / f'one/iter_{STEPS}.pth')
+    add_difference(report, what, folder / f'two/iter_{STEPS}.pth', folder / f'one/iter_{STEPS}.pth')
     scores = [validation(folder / work_dir) for work_dir in ('one', 'two')]
     equal = scores[0] == scores[1]
-    table.add('their validation of 5 images', f'mIoU {scores[1]["mIoU"]:.2f}', f'{scores[0]["mIoU"]:.2f}', equal)
+    report.row('their validation of 5 images', f'mIoU {scores[1]["mIoU"]:.2f}', f'{scores[0]["mIoU"]:.2f}', equal)
     for name in ('metrics.json', 'per_image.csv', 'confusion.png', 'bootstrap.npz'):
         contents = [(folder / out / name).read_bytes() for out in ('measured1', 'measured2')]
         if name == 'metrics.json':
             contents = [{**json.loads(content), 'date': None} for content in contents]
         same = contents[0] == contents[1]
-        table.add(f'their test of 5 images: {name}', 'same' if same else 'differs', 'same', same)
+        report.row(f'their test of 5 images: {name}', 'same' if same else 'differs', 'same', same)
 
 
 def validation(work_dir: Path) -> dict:
@@ -172,7 +149,7 @@ def validation(work_dir: Path) -> dict:
     return {key: scores[key] for key in ('mIoU', 'mAcc', 'aAcc')}
 
 
-def a_dead_process_is_replaced_and_then_ends_the_run(folder: Path, table: Table) -> None:
+def a_dead_process_is_replaced_and_then_ends_the_run(folder: Path, report: Report) -> None:
     """torchrun has one restart: rank 1 is killed twice."""
     run = start(
         folder,
@@ -192,22 +169,23 @@ def a_dead_process_is_replaced_and_then_ends_the_run(folder: Path, table: Table)
     status = run.wait(PATIENCE)
     seconds = time.monotonic() - begin
     output = log.read_text()
-    table.add_difference(
+    add_difference(
+        report,
         f'rank 1 killed, torchrun restarts, {STEPS} steps',
         saved / f'iter_{STEPS}.pth',
         folder / f'one/iter_{STEPS}.pth',
     )
-    table.add('resumed from a checkpoint', output.count('resumed epoch'), 1, output.count('resumed epoch') == 1)
-    table.add('rank 1 killed again: s to the end', f'{seconds:.1f}', SECONDS_TO_END, seconds <= SECONDS_TO_END)
-    table.add('    exit status', status, 'not 0', status != 0)
+    report.row('resumed from a checkpoint', output.count('resumed epoch'), 1, output.count('resumed epoch') == 1)
+    report.row('rank 1 killed again: s to the end', f'{seconds:.1f}', SECONDS_TO_END, seconds <= SECONDS_TO_END)
+    report.row('    exit status', status, 'not 0', status != 0)
     cause = output.rpartition('Root Cause')[2]
     named = 'rank      : 1' in cause and 'SIGKILL' in cause
-    table.add('    rank and reason', 'rank 1, SIGKILL' if named else 'not named', 'named', named)
+    report.row('    rank and reason', 'rank 1, SIGKILL' if named else 'not named', 'named', named)
     ours = output.count('tools/train.py", line')
-    table.add('    tracebacks of ours', ours, 0, ours == 0)
+    report.row('    tracebacks of ours', ours, 0, ours == 0)
 
 
-def shares_equal_the_whole(folder: Path, table: Table) -> None:
+def shares_equal_the_whole(folder: Path, report: Report) -> None:
     """FSDP2 with activation checkpointing; an ordinary run goes on with it for a step, and it with that one."""
     sharded = ['runner_type=ShardedRunner', 'model.backbone.with_cp=True']
     parts = [training(2, 'sharded_work', steps=steps, save_every=steps) for steps in (2, 3, STEPS)]
@@ -221,10 +199,10 @@ def shares_equal_the_whole(folder: Path, table: Table) -> None:
     )
     finish(folder, sharded=run)
     what = f'FSDP2 with activation checkpointing, plain, FSDP2 again, {STEPS} steps'
-    table.add_difference(what, folder / f'sharded_work/iter_{STEPS}.pth', folder / f'one/iter_{STEPS}.pth')
+    add_difference(report, what, folder / f'sharded_work/iter_{STEPS}.pth', folder / f'one/iter_{STEPS}.pth')
 
 
-def slurm_equals_torchrun(folder: Path, table: Table) -> None:
+def slurm_equals_torchrun(folder: Path, report: Report) -> None:
     """Two processes that find each other by Slurm's variables."""
     variables = dict(
         SLURM_NTASKS='2', SLURM_NODELIST='localhost', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port())
@@ -237,14 +215,17 @@ def slurm_equals_torchrun(folder: Path, table: Table) -> None:
         for i in range(2)
     }
     finish(folder, **tasks)
-    table.add_difference(
-        f'2 Slurm tasks, {STEPS} steps', folder / f'slurm_work/iter_{STEPS}.pth', folder / f'one/iter_{STEPS}.pth'
+    add_difference(
+        report,
+        f'2 Slurm tasks, {STEPS} steps',
+        folder / f'slurm_work/iter_{STEPS}.pth',
+        folder / f'one/iter_{STEPS}.pth',
     )
     silent = 'Iter(train)' not in (folder / 'task1.log').read_text()
-    table.add('only rank 0 prints', 'yes' if silent else 'no', 'yes', silent)
+    report.row('only rank 0 prints', 'yes' if silent else 'no', 'yes', silent)
 
 
-def a_mistake_is_one_sentence(folder: Path, table: Table) -> None:
+def a_mistake_is_one_sentence(folder: Path, report: Report) -> None:
     """Of all processes, and of one."""
     shutil.copytree(folder / 'toy', folder / 'broken')
     last = sorted((folder / 'broken').glob('gtFine/val/*/*_labelTrainIds.png'))[1]  # read by rank 1 of 2
@@ -263,27 +244,22 @@ def a_mistake_is_one_sentence(folder: Path, table: Table) -> None:
         log = (folder / 'mistake.log').read_text()
         sentences = [line for line in log.splitlines() if line.startswith('error: ')]
         good = status != 0 and len(sentences) == 1 and 'train.py", line' not in log
-        table.add(f'{what}: sentences', len(sentences), 1, good)
+        report.row(f'{what}: sentences', len(sentences), 1, good)
         print(*sentences, sep='\n')
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--short', action='store_true')
-    short = parser.parse_args(arguments).short
-    table = Table()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make = ROOT / 'tools/make_toy_streets.py'
-        finish(folder, toy=start(folder, 'toy', make, 'toy', '--train', 9, '--val', 5, '--size', '96x64'))
-        two_nodes_equal_one_process(folder, table)
-        a_dead_process_is_replaced_and_then_ends_the_run(folder, table)
-        if not short:
-            shares_equal_the_whole(folder, table)
-            slurm_equals_torchrun(folder, table)
-            a_mistake_is_one_sentence(folder, table)
-    return table.show()
+def main() -> None:
+    args = arguments(__doc__)
+    report = Report('several processes')
+    with toy_place(train=9) as folder:
+        two_nodes_equal_one_process(folder, report)
+        a_dead_process_is_replaced_and_then_ends_the_run(folder, report)
+        if not args.short:
+            shares_equal_the_whole(folder, report)
+            slurm_equals_torchrun(folder, report)
+            a_mistake_is_one_sentence(folder, report)
+    report.finish()
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    main()

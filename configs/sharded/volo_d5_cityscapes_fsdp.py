@@ -1,0 +1,8 @@
+# volo_d5_cityscapes by FSDP2: 8 GPUs x 1 image. Gradients and moments in shares, one per process: docs/distributed.md
+from mmengine.config import read_base
+
+with read_base():
+    from ..volo_d5_cityscapes import *
+
+train_dataloader.update(batch_size=1)
+runner_type = 'ShardedRunner'
