@@ -1,33 +1,35 @@
 """VOLO for MMSegmentation; importing it registers everything."""
 
-from ._stack import require_one_stack
+from ._mm_packages import require_one_stack
 
 require_one_stack()  # before the imports below run into what it explains
 
 from ._version import __version__  # noqa: E402
+from .checkpoints import DurableCheckpointHook, use_safe_loader  # noqa: E402
 from .datasets import CamVidDataset  # noqa: E402
 from .engine import (  # noqa: E402
     BeginSample,
-    DurableCheckpointHook,
-    HostMemoryHook,
+    CPUMemoryHook,
     IterationSeedHook,
     NonFiniteLossHook,
     OneClassWarningHook,
-    SegmentationMetric,
     SideBySideHook,
     StreamSampler,
     ValidationPicturesHook,
     VOLOLayerDecayConstructor,
 )
+from .evaluation import SegmentationMetric  # noqa: E402
 from .models import ARCHITECTURES, VOLO, SlidingSegmentor, SlidingTTAModel  # noqa: E402
+
+use_safe_loader()  # from here on mmengine reads checkpoints without running code in them
 
 __all__ = [
     'ARCHITECTURES',
     'VOLO',
     'BeginSample',
+    'CPUMemoryHook',
     'CamVidDataset',
     'DurableCheckpointHook',
-    'HostMemoryHook',
     'IterationSeedHook',
     'NonFiniteLossHook',
     'OneClassWarningHook',

@@ -16,14 +16,16 @@ from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 from PIL import Image
 
-from mmseg_volo.apis import check_all_data, infer
-from mmseg_volo.apis.benchmark_sliding import benchmark_sliding
-from mmseg_volo.apis.config import load_config
-from mmseg_volo.apis.plot import plot
-from mmseg_volo.apis.profile_step import profile_step
-from mmseg_volo.apis.report import read_run
+from mmseg_volo.apis.inference import infer
+from mmseg_volo.apis.plotting import plot
+from mmseg_volo.benchmark.sliding import benchmark_sliding
+from mmseg_volo.benchmark.step import profile_step
+from mmseg_volo.config import load_config
+from mmseg_volo.datasets.checks import check_all_data
 from mmseg_volo.datasets.toy_streets import make_toy_streets, parse_size
-from mmseg_volo.errors import UserError, one_sentence_errors
+from mmseg_volo.error_messages import one_sentence_errors
+from mmseg_volo.errors import UserError
+from mmseg_volo.evaluation.report import read_run
 
 CONFIG = str(ROOT / 'configs/volo_tiny_toy_streets.py')
 

@@ -7,11 +7,13 @@ from conftest import ROOT
 from mmengine.config import Config
 from torch import nn
 
-from mmseg_volo.apis import benchmark as module
-from mmseg_volo.apis.benchmark import LiveMemory, benchmark, paired_times
-from mmseg_volo.apis.profile_step import profile_step
-from mmseg_volo.apis.segmentor import largest_batch, segmentor_speed
-from mmseg_volo.apis.train import _enable_amp
+import mmseg_volo.benchmark.backbone as module
+from mmseg_volo.apis.training import _enable_amp
+from mmseg_volo.benchmark.backbone import benchmark_backbone
+from mmseg_volo.benchmark.memory import LiveMemory
+from mmseg_volo.benchmark.segmentor import largest_batch, segmentor_speed
+from mmseg_volo.benchmark.step import profile_step
+from mmseg_volo.benchmark.timing import paired_times
 from mmseg_volo.errors import UserError
 
 
@@ -27,7 +29,7 @@ def small(monkeypatch):
 
 
 def test_the_table_is_printed_and_returned(small, capsys, tmp_path):
-    result = benchmark('cpu', quick=True, json_path=str(tmp_path / 'numbers.json'))
+    result = benchmark_backbone('cpu', quick=True, json_path=str(tmp_path / 'numbers.json'))
     printed = capsys.readouterr().out
     assert set(result['tables']) == {'parity', 'operator', 'forward', 'train step', 'memory'}
     for row in result['tables']['forward']:
@@ -43,7 +45,7 @@ def test_no_speed_is_measured_where_parity_fails(small, monkeypatch, capsys):
     right = module.outlook_attention
     monkeypatch.setattr(module, 'outlook_attention', lambda *args, **geometry: right(*args, **geometry) * 1.01)
     with pytest.raises(UserError, match='parity failed, so no speed is measured: operator'):
-        benchmark('cpu', quick=True)
+        benchmark_backbone('cpu', quick=True)
     assert 'floors:' not in capsys.readouterr().out  # nor any time after them
 
 

@@ -12,10 +12,9 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from mmseg_volo.apis import check_all_data
-from mmseg_volo.apis import check_data as module
-from mmseg_volo.apis.check_data import check_data
-from mmseg_volo.apis.config import load_config
+import mmseg_volo.datasets.checks as module
+from mmseg_volo.config import load_config
+from mmseg_volo.datasets.checks import check_all_data, check_data
 from mmseg_volo.datasets.toy_streets import make_toy_streets
 from mmseg_volo.errors import UserError
 

@@ -11,11 +11,11 @@ from mmengine.hooks import Hook
 from mmseg.registry import HOOKS
 
 from mmseg_volo import DurableCheckpointHook
-from mmseg_volo.apis import train
+from mmseg_volo.apis.training import train
+from mmseg_volo.checkpoints.hook import DurableBackend, newest_whole_checkpoint
+from mmseg_volo.checkpoints.reading import read_checkpoint
 from mmseg_volo.datasets.toy_streets import make_toy_streets
-from mmseg_volo.engine.checkpoints import DurableBackend, newest_whole_checkpoint
 from mmseg_volo.errors import UserError
-from mmseg_volo.models.weights import read_checkpoint
 
 CONFIG = str(ROOT / 'configs/volo_tiny_toy_streets.py')
 ITERATIONS = 6

@@ -10,8 +10,8 @@ from mmseg.registry import DATASETS, MODELS
 from PIL import Image
 
 from mmseg_volo import CamVidDataset
-from mmseg_volo.apis.check_data import check_data
-from mmseg_volo.apis.config import load_config
+from mmseg_volo.config import load_config
+from mmseg_volo.datasets.checks import check_data
 from mmseg_volo.errors import UserError
 
 

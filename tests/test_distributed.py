@@ -15,8 +15,8 @@ from mmengine.registry import RUNNERS
 from torch import Tensor, nn
 from torch.multiprocessing import start_processes
 
-from mmseg_volo.apis.distributed import join_processes
-from mmseg_volo.engine import HostDataParallel
+from mmseg_volo.engine.distributed import join_processes
+from mmseg_volo.engine.parallel import CPUDataParallel
 from mmseg_volo.errors import UserError
 from mmseg_volo.ops import outlook_attention
 
@@ -68,7 +68,7 @@ def results(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 def one_of_two(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
-    model = HostDataParallel(convert_sync_batchnorm(Outlook()), broadcast_buffers=False)
+    model = CPUDataParallel(convert_sync_batchnorm(Outlook()), broadcast_buffers=False)
     x = images().split(SHARES)[rank].requires_grad_()
     step(model, x, processes=2)
     torch.save({**results(model.module, x.detach()), 'd input': x.grad / 2}, folder / f'{rank}.pth')
@@ -105,7 +105,7 @@ def test_synchronised_norms_keep_their_parameters_names_and_frozen_state():
     store = dist.HashStore()
     dist.init_process_group('gloo', store=store, rank=0, world_size=1)
     try:
-        wrapped = HostDataParallel(synced).module
+        wrapped = CPUDataParallel(synced).module
     finally:
         dist.destroy_process_group()
     assert list(wrapped.state_dict()) == names and wrapped.before.weight is weight
@@ -135,7 +135,7 @@ def test_a_launcher_that_cannot_work_is_a_mistake(launcher, environment, sentenc
 
 
 def test_more_processes_than_gpus_are_a_mistake(monkeypatch):
-    monkeypatch.setattr('mmseg_volo.apis.distributed.get_device', lambda: 'cuda')
+    monkeypatch.setattr('mmseg_volo.engine.distributed.get_device', lambda: 'cuda')
     monkeypatch.setattr('torch.cuda.device_count', lambda: 1)
     monkeypatch.setenv('RANK', '1')
     monkeypatch.setenv('LOCAL_RANK', '1')

@@ -22,12 +22,11 @@ from mmengine.registry import init_default_scope
 from mmseg.registry import DATASETS, MODELS
 from PIL import Image, ImageOps
 
-from mmseg_volo.apis import infer
-from mmseg_volo.apis.config import load_config
-from mmseg_volo.apis.infer import _Predictor
+from mmseg_volo.apis.inference import _Predictor, infer
+from mmseg_volo.config import load_config
 from mmseg_volo.datasets.toy_streets import make_toy_streets
 from mmseg_volo.errors import UserError
-from mmseg_volo.pictures import label_png, overlay, with_legend
+from mmseg_volo.visualization import label_png, overlay, with_legend
 
 CONFIG = str(ROOT / 'configs/volo_tiny_toy_streets.py')
 SIZE = WIDTH, HEIGHT = 96, 64

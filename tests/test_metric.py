@@ -18,8 +18,8 @@ from sklearn.metrics import confusion_matrix
 
 from mmseg_volo import CamVidDataset, SegmentationMetric
 from mmseg_volo.datasets.toy_streets import make_toy_streets
-from mmseg_volo.engine.metric import Totals, areas, category_iou, class_scores, interval, iou, mean_scores
 from mmseg_volo.errors import UserError
+from mmseg_volo.evaluation.scores import Totals, areas, category_iou, class_scores, interval, iou, mean_scores
 
 NAMES = 'sky', 'road', 'car', 'unicorn'
 META = dict(classes=NAMES, palette=[[70, 130, 180], [128, 64, 128], [0, 0, 142], [255, 0, 255]])

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmseg_volo.pictures import label_png, overlay, save_whole, side_by_side, with_legend
+from mmseg_volo.visualization import label_png, overlay, save_whole, side_by_side, with_legend
 
 PALETTE = [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
 CLASSES = ['red', 'green', 'blue']

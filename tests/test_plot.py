@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import IMAGES, SCALA
 from test_tools import CONFIG, options, run
 
 from mmseg_volo import CamVidDataset, ValidationPicturesHook
-from mmseg_volo.apis.plot import plot
+from mmseg_volo.apis.plotting import plot
 from mmseg_volo.datasets.toy_streets import make_toy_streets
 from mmseg_volo.errors import UserError
 

@@ -20,10 +20,10 @@ from mmseg.registry import MODELS
 from PIL import Image
 
 from mmseg_volo import CamVidDataset, apis
-from mmseg_volo.apis.report import read_run, summary, write_results
 from mmseg_volo.datasets.toy_streets import make_toy_streets
-from mmseg_volo.engine.metric import Totals, areas, mean_scores
 from mmseg_volo.errors import UserError
+from mmseg_volo.evaluation.report import read_run, summary, write_results
+from mmseg_volo.evaluation.scores import Totals, areas, mean_scores
 
 CONFIG = ROOT / 'configs/volo_tiny_toy_streets.py'
 WORKERS = {'test_dataloader.num_workers': 0, 'test_dataloader.persistent_workers': False}

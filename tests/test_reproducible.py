@@ -18,7 +18,7 @@ from mmengine.runner import Runner
 from mmseg.registry import DATASETS
 
 from mmseg_volo import BeginSample, IterationSeedHook, StreamSampler
-from mmseg_volo.apis.config import load_config
+from mmseg_volo.config import load_config
 from mmseg_volo.datasets.toy_streets import make_toy_streets
 from mmseg_volo.engine.reproducible import SampleNumber
 

@@ -12,10 +12,10 @@ from mmseg.structures import SegDataSample
 from torch import nn
 
 from mmseg_volo import NonFiniteLossHook, OneClassWarningHook
-from mmseg_volo.apis import train
+from mmseg_volo.apis.training import train
+from mmseg_volo.checkpoints.reading import read_checkpoint
 from mmseg_volo.datasets.toy_streets import make_toy_streets
 from mmseg_volo.errors import UserError
-from mmseg_volo.models.weights import read_checkpoint
 
 
 class Trainer:

@@ -20,9 +20,8 @@ from soak import hostile_files
 from soak.hostile_files import DOORS, HARMFUL, ODD, Call, saved, training_checkpoint
 from torch import nn
 
+from mmseg_volo.checkpoints.reading import ZOOS, load_from_plain_data, read_checkpoint
 from mmseg_volo.errors import UserError
-from mmseg_volo.models import weights
-from mmseg_volo.models.weights import load_from_plain_data, read_checkpoint
 
 
 @pytest.fixture
@@ -137,7 +136,7 @@ def test_a_name_in_a_zoo_of_mmengines_is_looked_up_there_and_read_by_us(folders,
     good = saved({'state_dict': {'backbone.a': torch.ones(2)}}, folder, 'good.pth')
     (folder / 'harmful').mkdir()
     harmful = HARMFUL['os.system'](folder / 'harmful', ran)
-    monkeypatch.setitem(weights.ZOOS, zoo, lambda: {'good': str(good), 'harmful': str(harmful)})
+    monkeypatch.setitem(ZOOS, zoo, lambda: {'good': str(good), 'harmful': str(harmful)})
     state = CheckpointLoader.load_checkpoint(f'{zoo}://good', logger='silent')['state_dict']
     assert list(state) == ['a' if zoo == 'mmcls' else 'backbone.a']
     with pytest.raises(UserError, match='refused'):
@@ -150,7 +149,9 @@ def test_a_name_in_a_zoo_of_mmengines_is_looked_up_there_and_read_by_us(folders,
 @pytest.mark.parametrize(('zoo', 'model'), [('torchvision', 'resnet18'), ('open-mmlab', 'vgg16_caffe')])
 def test_the_zoos_are_mmengines_own(monkeypatch, zoo, model):
     asked = []
-    monkeypatch.setattr(weights, 'read_checkpoint', lambda source, location: asked.append(source) or {})
+    monkeypatch.setattr(
+        'mmseg_volo.checkpoints.reading.read_checkpoint', lambda source, location: asked.append(source) or {}
+    )
     CheckpointLoader.load_checkpoint(f'{zoo}://{model}', logger='silent')
     assert asked[0].startswith('https://') and model.split('_')[0] in asked[0]
 

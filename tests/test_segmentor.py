@@ -8,7 +8,7 @@ from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
-from mmseg_volo.apis.benchmark import LiveMemory
+from mmseg_volo.benchmark.memory import LiveMemory
 from mmseg_volo.errors import UserError
 from mmseg_volo.models.segmentor import SlidingSegmentor
 

@@ -12,7 +12,6 @@ from mmseg.datasets import CityscapesDataset
 from mmseg.utils import register_all_modules
 from PIL import Image
 
-from mmseg_volo.datasets import toy_streets
 from mmseg_volo.datasets.toy_streets import make_toy_streets, parse_size, render_scene
 from mmseg_volo.errors import UserError
 
@@ -176,7 +175,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch, failure, expecte
         if len(written) == 4:
             raise failure
 
-    monkeypatch.setattr(toy_streets, '_write_png', fail_at_the_fourth)
+    monkeypatch.setattr('mmseg_volo.datasets.toy_streets._write_png', fail_at_the_fourth)
     with pytest.raises(expected) as caught:
         make_toy_streets(tmp_path / 'toy', train=2, val=1, size=(32, 32))
     assert expected is KeyboardInterrupt or 'No space left on device' in str(caught.value)

@@ -9,9 +9,9 @@ from parity import assert_close, error
 from torch import nn
 
 from mmseg_volo import ARCHITECTURES, VOLO
-from mmseg_volo.apis.benchmark import LiveMemory
+from mmseg_volo.benchmark.memory import LiveMemory
 from mmseg_volo.errors import UserError
-from mmseg_volo.models.weights import CLASSIFIER, resize_pos_embed
+from mmseg_volo.models.pretrained import CLASSIFIER, resize_pos_embed
 
 PUBLISHED = ['d1', 'd2', 'd3', 'd4', 'd5']
 SMALL = dict(layers=(1, 1, 1, 1), embed_dims=(32, 48), num_heads=(1, 3), mlp_ratio=2, stem_channels=8)

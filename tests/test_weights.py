@@ -26,9 +26,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mmseg_volo import ARCHITECTURES, VOLO
+from mmseg_volo.checkpoints.download import _expected_sha256
+from mmseg_volo.checkpoints.reading import read_checkpoint
 from mmseg_volo.errors import UserError
-from mmseg_volo.models import weights
-from mmseg_volo.models.weights import CLASSIFIER, load_segmentor, read_checkpoint
+from mmseg_volo.models.pretrained import CLASSIFIER, load_segmentor
 
 GRID = 4  # of a stored 64 x 64 position embedding
 CLASSIFIER_KEYS = {
@@ -333,7 +334,7 @@ def test_timms_classifier_gives_timms_features_at_another_size(d1_file):
 def failing_load(monkeypatch, model: VOLO, state: dict) -> str:
     """The sentence that refuses ``state``, after which ``model`` is as it was."""
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    monkeypatch.setattr(weights, 'read_checkpoint', lambda source: state)
+    monkeypatch.setattr('mmseg_volo.models.pretrained.read_checkpoint', lambda source: state)
     with pytest.raises(UserError) as error:
         model.init_weights()
     for key, tensor in model.state_dict().items():
@@ -745,7 +746,7 @@ def test_a_sha256_that_is_none_is_an_error_before_the_download(server, hub, dige
     ],
 )
 def test_file_names_tell_a_sha256_where_they_keep_to_torchs_convention(url, expected):
-    assert weights._expected_sha256(url) == expected
+    assert _expected_sha256(url) == expected
 
 
 def test_a_url_that_is_not_there_is_an_error_and_leaves_nothing(server, hub):

@@ -4,8 +4,8 @@
 import argparse
 from pathlib import Path
 
-from mmseg_volo.apis.benchmark import benchmark
-from mmseg_volo.errors import one_sentence_errors
+from mmseg_volo.benchmark.backbone import benchmark_backbone
+from mmseg_volo.error_messages import one_sentence_errors
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 
@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument('--json', dest='json_path', metavar='FILE', help='also write every time to this file')
     with one_sentence_errors():
         segmentors = [str(CONFIGS / f'volo_{arch}_cityscapes.py') for arch in ('d4', 'd5')]
-        benchmark(**vars(parser.parse_args()), segmentors=segmentors)
+        benchmark_backbone(**vars(parser.parse_args()), segmentors=segmentors)
 
 
 if __name__ == '__main__':

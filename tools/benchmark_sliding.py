@@ -3,9 +3,9 @@
 
 import argparse
 
-from mmseg_volo.apis import add_config_arguments
-from mmseg_volo.apis.benchmark_sliding import benchmark_sliding
-from mmseg_volo.errors import one_sentence_errors
+from mmseg_volo.benchmark.sliding import benchmark_sliding
+from mmseg_volo.config import add_config_arguments
+from mmseg_volo.error_messages import one_sentence_errors
 
 
 def main() -> None:

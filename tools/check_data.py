@@ -4,8 +4,9 @@
 import argparse
 import sys
 
-from mmseg_volo.apis import add_config_arguments, check_all_data
-from mmseg_volo.errors import one_sentence_errors
+from mmseg_volo.config import add_config_arguments
+from mmseg_volo.datasets.checks import check_all_data
+from mmseg_volo.error_messages import one_sentence_errors
 
 
 def main() -> None:

@@ -4,8 +4,8 @@
 import argparse
 from pathlib import Path
 
-from mmseg_volo.apis import demo
-from mmseg_volo.errors import one_sentence_errors
+from mmseg_volo.apis import run_demo
+from mmseg_volo.error_messages import one_sentence_errors
 
 CONFIG = Path(__file__).parents[1] / 'configs/volo_tiny_toy_streets.py'
 
@@ -14,7 +14,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description='Toy streets: made, trained on, measured and looked at, in minutes.')
     parser.add_argument('--out-dir', default='demo', help='data, checkpoints and pictures (default: %(default)s)')
     with one_sentence_errors():
-        demo(str(CONFIG), **vars(parser.parse_args()))
+        run_demo(str(CONFIG), **vars(parser.parse_args()))
 
 
 if __name__ == '__main__':

@@ -3,7 +3,7 @@
 import argparse
 
 from mmseg_volo.datasets.toy_streets import make_toy_streets, parse_size
-from mmseg_volo.errors import one_sentence_errors
+from mmseg_volo.error_messages import one_sentence_errors
 
 
 def main() -> None:

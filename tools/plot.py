@@ -3,8 +3,8 @@
 
 import argparse
 
-from mmseg_volo.apis.plot import plot
-from mmseg_volo.errors import one_sentence_errors
+from mmseg_volo.apis.plotting import plot
+from mmseg_volo.error_messages import one_sentence_errors
 
 
 def main() -> None:

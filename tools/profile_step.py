@@ -3,9 +3,9 @@
 
 import argparse
 
-from mmseg_volo.apis.config import add_config_arguments
-from mmseg_volo.apis.profile_step import profile_step
-from mmseg_volo.errors import one_sentence_errors
+from mmseg_volo.benchmark.step import profile_step
+from mmseg_volo.config import add_config_arguments
+from mmseg_volo.error_messages import one_sentence_errors
 
 
 def main() -> None:

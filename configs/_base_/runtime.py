@@ -10,7 +10,7 @@ env_cfg = dict(
 sync_bn = 'torch'  # BatchNorm becomes SyncBatchNorm where there are several processes, and only there
 log_processor = dict(by_epoch=False)
 log_level = 'INFO'
-custom_hooks = [dict(type='HostMemoryHook'), dict(type='ValidationPicturesHook'), dict(type=OneClassWarningHook)]
+custom_hooks = [dict(type='CPUMemoryHook'), dict(type='ValidationPicturesHook'), dict(type=OneClassWarningHook)]
 load_from = None
 resume = False
 

@@ -1,10 +1,8 @@
-"""The calls behind the tools."""
+"""The calls behind the commands."""
 
-from .check_data import check_all_data
-from .config import add_config_arguments
-from .demo import demo
-from .infer import infer
-from .test import test
-from .train import train
+from .demo import run_demo
+from .inference import infer
+from .testing import test
+from .training import train
 
-__all__ = ['add_config_arguments', 'check_all_data', 'demo', 'infer', 'test', 'train']
+__all__ = ['infer', 'run_demo', 'test', 'train']

@@ -3,16 +3,16 @@
 import time
 from pathlib import Path
 
+from ..config import make_writable
 from ..datasets.toy_streets import make_toy_streets
-from .config import make_writable
-from .infer import infer
-from .test import test
-from .train import train
+from .inference import infer
+from .testing import test
+from .training import train
 
 TRAIN, VAL, SIZE, SHOWN = 400, 40, (256, 128), 8
 
 
-def demo(config: str, out_dir: str = 'demo') -> dict:
+def run_demo(config: str, out_dir: str = 'demo') -> dict:
     """Make toy streets, train ``config`` on them, measure it on unseen scenes and draw what it sees.
 
     Args:

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from mmseg_volo.errors import UserError
+from ..errors import UserError
 
 GENERATOR_VERSION = 1  # goes up whenever the same seed gives other pixels
 MIN_SIDE, MAX_SIDE = 32, 4096

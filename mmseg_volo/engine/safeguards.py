@@ -12,8 +12,8 @@ from mmseg.registry import HOOKS
 from mmseg.structures import SegDataSample
 from torch.nn.utils import get_total_norm
 
+from .._files import whole
 from ..errors import UserError
-from ..files import whole
 
 
 @HOOKS.register_module()

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import UserError
 from ..ops import outlook_attention
 from ..ops.recompute import norm_linear, norm_linear_pool, norm_mlp
-from .weights import load_pretrained, pretrained_checkpoint, resize_pos_embed
+from .pretrained import load_pretrained, pretrained_checkpoint, resize_pos_embed
 
 # Widths and heads are (stage 1, stages 2 to 4). d1 to d5: authors' repository, sail-sg/volo; tiny is ours.
 ARCHITECTURES = {

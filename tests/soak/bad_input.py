@@ -44,7 +44,7 @@ from prettytable import PrettyTable
 from tqdm import tqdm
 
 from mmseg_volo import VOLO
-from mmseg_volo.apis.config import load_config
+from mmseg_volo.config import load_config
 from mmseg_volo.datasets.toy_streets import make_toy_streets
 
 ROOT = Path(__file__).parents[2]

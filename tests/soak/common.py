@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from prettytable import PrettyTable
 
-from mmseg_volo.apis import train
+from mmseg_volo.apis.training import train
+from mmseg_volo.checkpoints.reading import read_checkpoint
 from mmseg_volo.datasets.toy_streets import make_toy_streets
-from mmseg_volo.errors import one_sentence_errors
-from mmseg_volo.models.weights import read_checkpoint
+from mmseg_volo.error_messages import one_sentence_errors
 
 CONFIG = Path(__file__).parents[2] / 'configs/volo_tiny_toy_streets.py'
 

@@ -40,8 +40,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mmseg_volo import VOLO
+from mmseg_volo.checkpoints.reading import read_checkpoint
 from mmseg_volo.errors import UserError
-from mmseg_volo.models.weights import read_checkpoint
 
 ARCH = dict(layers=(1, 1, 1, 1), embed_dims=(8, 16), num_heads=(1, 2), mlp_ratio=1, stem_channels=4)
 SECONDS, BYTES = 30, 4 << 30  # that one file may take

@@ -12,7 +12,7 @@ from pathlib import Path
 from common import Report, arguments, differences, kill, options, start_training, toy_place, wait
 from tqdm import tqdm
 
-from mmseg_volo.files import PARTIAL
+from mmseg_volo._files import PARTIAL
 
 SAVED_EVERY = 2
 SHORT, LONG = (24, 5), (120, 50)  # iterations, kills

@@ -8,7 +8,7 @@ from common import Report, arguments, options, start_training, toy_place, wait
 from mmcv.transforms import BaseTransform
 from mmseg.registry import TRANSFORMS
 
-from mmseg_volo.models.weights import read_checkpoint
+from mmseg_volo.checkpoints.reading import read_checkpoint
 
 POISONED = '_000003_'  # in the file's name
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from common import CONFIG, Report, arguments, toy_place
 
-from mmseg_volo.apis.config import SPLITS
-from mmseg_volo.models.weights import read_checkpoint
+from mmseg_volo.checkpoints.reading import read_checkpoint
+from mmseg_volo.config import SPLITS
 
 ROOT = Path(__file__).parents[2]
 IN_FLOAT64, TRAIN, TEST = ROOT / 'tests/soak/float64.py', ROOT / 'tools/train.py', ROOT / 'tools/test.py'

@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from mmengine.logging import print_log
 from prettytable import PrettyTable
 
-from ..engine.metric import Totals, areas, category_iou, class_scores, interval, mean_scores
+from .._files import whole
 from ..errors import UserError
-from ..files import whole
+from .scores import Totals, areas, category_iou, class_scores, interval, mean_scores
 
 IMAGE_SCORES = 'mIoU', 'aAcc', 'mBoundaryIoU'
 NUMBERED = 20  # classes whose confusion matrix still has room for numbers
@@ -101,7 +101,7 @@ def write_results(folder: Path, record: dict, totals: Totals, palette: Sequence,
     write_whole(folder / 'per_class.png', _class_picture(record['classes']))
 
     pages = Environment(
-        loader=PackageLoader('mmseg_volo', 'apis'), autoescape=True, trim_blocks=True, undefined=StrictUndefined
+        loader=PackageLoader('mmseg_volo', 'evaluation'), autoescape=True, trim_blocks=True, undefined=StrictUndefined
     )
     pages.filters.update(score=_written, bounds=_written_bounds, inline=_inline, stem=lambda path: Path(path).stem)
     html = pages.get_template('report.html.j2').render(

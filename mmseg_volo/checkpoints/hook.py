@@ -16,9 +16,9 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 from mmseg.registry import HOOKS
 
+from .._files import PARTIAL, whole
 from ..errors import UserError
-from ..files import PARTIAL, whole
-from ..models.weights import read_checkpoint
+from .reading import read_checkpoint
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 AGREE_EVERY = 10  # iterations between two exchanges of several processes about a signal

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mmengine.config import Config, DictAction
 
-from ..errors import UserError
+from .errors import UserError
 
 SPLITS = ('train', 'val', 'test')
 # What the tools themselves read of a config; the rest is mmengine's to build or to refuse.

@@ -8,9 +8,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from .._files import whole
+from ..config import picture_path
 from ..errors import UserError
-from ..files import whole
-from .config import picture_path
 
 CURVES = dict(loss='loss', lr='learning rate', mIoU='mIoU on val, %')
 

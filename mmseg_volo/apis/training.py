@@ -11,13 +11,14 @@ from mmengine.config import Config
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from ..engine.checkpoints import DurableCheckpointHook, StoppedBySignal, newest_whole_checkpoint
+from ..checkpoints.download import local_copy
+from ..checkpoints.hook import DurableCheckpointHook, StoppedBySignal, newest_whole_checkpoint
+from ..checkpoints.reading import read_checkpoint
+from ..config import load_config, set_work_dir
+from ..datasets.checks import check_data
+from ..engine.distributed import join_processes
 from ..engine.reproducible import BeginSample
 from ..errors import UserError
-from ..models.weights import local_copy, read_checkpoint
-from .check_data import check_data
-from .config import load_config, set_work_dir
-from .distributed import join_processes
 
 
 def train(

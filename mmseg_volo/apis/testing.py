@@ -21,13 +21,15 @@ from mmengine.runner import Runner
 from mmseg.datasets import ADE20KDataset, CityscapesDataset
 from mmseg.registry import DATASETS
 
+from .._files import file_sha256
 from .._version import __version__
+from ..checkpoints.download import local_copy
+from ..config import data_sets, load_config, make_writable, set_work_dir
+from ..datasets.checks import check_data
+from ..engine.distributed import join_processes
 from ..errors import UserError
-from ..models.weights import file_sha256, load_segmentor, local_copy
-from .check_data import check_data
-from .config import data_sets, load_config, make_writable, set_work_dir
-from .distributed import join_processes
-from .report import read_run, summary, write_results
+from ..evaluation.report import read_run, summary, write_results
+from ..models.pretrained import load_segmentor
 
 SERVER_FORMATS = {
     'cityscapes': (CityscapesDataset, dict(type='CityscapesLabelIds', format_only=True, keep_results=True)),

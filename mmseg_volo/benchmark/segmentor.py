@@ -13,8 +13,8 @@ from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
+from ..config import load_config
 from ..errors import UserError
-from .config import load_config
 
 
 def build_segmentor(config: str, device: str, cfg_options: dict | None = None) -> tuple[Config, nn.Module]:

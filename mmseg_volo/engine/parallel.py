@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..models.volo import Outlooker, Transformer
 
 
-class HostSyncBatchNorm(_BatchNorm):
+class CPUSyncBatchNorm(_BatchNorm):
     """``torch.nn.SyncBatchNorm`` for CPUs, whose tensors that one refuses: it normalises by all processes' batches."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,11 +46,11 @@ class HostSyncBatchNorm(_BatchNorm):
 
 
 @MODEL_WRAPPERS.register_module()
-class HostDataParallel(MMDistributedDataParallel):
-    """mmengine's wrapper for CPUs: every ``torch.nn.SyncBatchNorm`` inside becomes a ``HostSyncBatchNorm``."""
+class CPUDataParallel(MMDistributedDataParallel):
+    """mmengine's wrapper for CPUs: every ``torch.nn.SyncBatchNorm`` inside becomes a ``CPUSyncBatchNorm``."""
 
     def __init__(self, module: nn.Module, **kwargs):
-        _synchronise_on_host(module)
+        _synchronise_on_cpu(module)
         super().__init__(module, **kwargs)
 
 
@@ -76,7 +76,7 @@ class ShardedRunner(Runner):
         if self.cfg.get('sync_bn'):
             model = convert_sync_batchnorm(model, self.cfg.sync_bn)
         if get_device() == 'cpu':
-            _synchronise_on_host(model)
+            _synchronise_on_cpu(model)
         mesh = init_device_mesh(get_device(), (get_world_size(),))
         blocks = [module for module in model.modules() if isinstance(module, Outlooker | Transformer)]
         for module in (*blocks, model):
@@ -138,15 +138,15 @@ def _share_out_moments(optimizer: Optimizer, state: dict) -> None:
                 moments[name] = _share_of(moment, parameters[index])
 
 
-def _synchronise_on_host(model: nn.Module) -> None:
+def _synchronise_on_cpu(model: nn.Module) -> None:
     for parent in list(model.modules()):
         for name, norm in parent.named_children():
             if isinstance(norm, nn.SyncBatchNorm):
-                setattr(parent, name, _on_host(norm))
+                setattr(parent, name, _on_cpu(norm))
 
 
-def _on_host(norm: nn.SyncBatchNorm) -> HostSyncBatchNorm:
-    own = HostSyncBatchNorm(norm.num_features, norm.eps, norm.momentum, dtype=norm.weight.dtype).train(norm.training)
+def _on_cpu(norm: nn.SyncBatchNorm) -> CPUSyncBatchNorm:
+    own = CPUSyncBatchNorm(norm.num_features, norm.eps, norm.momentum, dtype=norm.weight.dtype).train(norm.training)
     own.load_state_dict(norm.state_dict())
     own.weight, own.bias = norm.weight, norm.bias  # the very parameters: some are frozen
     return own

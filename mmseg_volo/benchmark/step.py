@@ -12,8 +12,9 @@ from prettytable import PrettyTable
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .benchmark import LiveMemory, environment
+from .memory import LiveMemory
 from .segmentor import autocast, build_segmentor, measured_device, random_batch
+from .timing import environment
 
 
 def profile_step(

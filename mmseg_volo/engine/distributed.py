@@ -51,7 +51,7 @@ def join_processes(cfg: Config, launcher: str) -> None:
         os.environ[local_rank] = '-1'  # mmengine passes it to torch.cuda.set_device, which ignores a negative one
         dist_cfg['backend'] = 'gloo'
         cfg.model_wrapper_cfg = dict(
-            type='HostDataParallel',
+            type='CPUDataParallel',
             device_ids=None,
             broadcast_buffers=False,
             find_unused_parameters=cfg.get('find_unused_parameters', False),

@@ -21,11 +21,11 @@ from mmseg.structures import SegDataSample
 from torch import Tensor
 from tqdm import tqdm
 
+from .._files import whole
+from ..config import data_sets, load_config, make_writable
 from ..errors import UserError
-from ..files import whole
-from ..models.weights import load_segmentor
-from ..pictures import label_png, overlay, save_whole, with_legend
-from .config import data_sets, load_config, make_writable
+from ..models.pretrained import load_segmentor
+from ..visualization import label_png, overlay, save_whole, with_legend
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
 VIDEO_SUFFIXES = ('.mp4', '.m4v', '.mov', '.avi', '.mkv', '.webm')

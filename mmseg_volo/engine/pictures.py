@@ -1,4 +1,4 @@
-"""What training sees, seen while it runs."""
+"""Pictures of predictions, during training and testing."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from mmengine.runner import Runner
 from mmseg.registry import HOOKS
 from mmseg.structures import SegDataSample
 
-from ..pictures import truth_and_prediction
+from ..visualization import save_whole, truth_and_prediction
 
 MAX_HEIGHT = 512  # in pixels: what a browser shows, and a tenth of the bytes of a Cityscapes image
 
@@ -49,3 +49,29 @@ class ValidationPicturesHook(Hook):
             truth, prediction = (cv2.resize(x, size, interpolation=cv2.INTER_NEAREST) for x in (truth, prediction))
         page = truth_and_prediction(image, truth, prediction, meta['classes'], meta['palette'])
         runner.visualizer.add_image(f'val_{Path(sample.img_path).stem}', np.asarray(page), runner.iter)
+
+
+@HOOKS.register_module()
+class SideBySideHook(Hook):
+    """Write image, truth and prediction of every tested image into one picture.
+
+    Args:
+        out_dir: gets ``<image's stem>.png``.
+    """
+
+    def __init__(self, out_dir: str):
+        self.out_dir = Path(out_dir)
+
+    def after_test_iter(
+        self, runner: Runner, batch_idx: int, data_batch: dict, outputs: Sequence[SegDataSample]
+    ) -> None:
+        """Once per batch."""
+        meta = runner.test_dataloader.dataset.metainfo
+        for sample in outputs:
+            image = mmcv.imread(sample.img_path, channel_order='rgb')
+            truth = sample.gt_sem_seg.data[0].cpu().numpy().astype(np.uint8)
+            prediction = sample.pred_sem_seg.data[0].cpu().numpy()
+            save_whole(
+                truth_and_prediction(image, truth, prediction, meta['classes'], meta['palette']),
+                self.out_dir / f'{Path(sample.img_path).stem}.png',
+            )

@@ -21,9 +21,9 @@ from PIL import Image, ImageOps
 from prettytable import PrettyTable
 from tqdm import tqdm
 
+from ..config import SPLITS, data_sets, load_config, picture_path, set_work_dir
 from ..errors import UserError
-from ..pictures import overlay, save_whole, side_by_side, with_legend
-from .config import SPLITS, data_sets, load_config, picture_path, set_work_dir
+from ..visualization import overlay, save_whole, side_by_side, with_legend
 
 MAX_LABELS_CHECKED = 500  # per split, spread evenly: seconds, where Cityscapes' 2975 labels would take minutes
 FILES_NAMED = 3  # of each finding

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mmseg_volo import _stack
+from mmseg_volo import _mm_packages
 
 ROOT = Path(__file__).parents[1]
 ONEDL = ('onedl-mmengine', 'onedl-mmcv', 'onedl-mmsegmentation')
@@ -18,8 +18,8 @@ def machine(monkeypatch):
     """Pretend that these distributions are installed and these import names are not there."""
 
     def pretend(installed=ONEDL, missing=()):
-        monkeypatch.setattr(_stack, '_installed', lambda name: name in installed)
-        monkeypatch.setattr(_stack, 'find_spec', lambda name: None if name in missing else object())
+        monkeypatch.setattr(_mm_packages, '_installed', lambda name: name in installed)
+        monkeypatch.setattr(_mm_packages, 'find_spec', lambda name: None if name in missing else object())
 
     return pretend
 
@@ -31,20 +31,22 @@ def python(code: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize('installed', [ONEDL, OPENMMLAB, ('mmengine', 'mmcv-lite', 'mmsegmentation')], ids=str)
 def test_one_family_is_usable(machine, installed):
     machine(installed)
-    assert _stack.why_not_usable() is None
+    assert _mm_packages.why_not_usable() is None
 
 
 @pytest.mark.parametrize('missing', [['mmseg'], ['mmcv'], ['mmengine', 'mmcv', 'mmseg']], ids=str)
 def test_missing_packages_are_named_with_what_to_type(machine, missing):
     machine(missing=missing)
-    assert _stack.why_not_usable() == (f'mmseg_volo needs {", ".join(missing)}, not installed here; type: {INSTALL}')
+    assert _mm_packages.why_not_usable() == (
+        f'mmseg_volo needs {", ".join(missing)}, not installed here; type: {INSTALL}'
+    )
 
 
 @pytest.mark.parametrize('second', ['mmengine', 'mmengine-lite', 'mmcv', 'mmcv-lite', 'mmsegmentation'])
 def test_two_families_over_each_other_are_named_with_what_to_type(machine, second):
     machine((*ONEDL, second))
-    first = next(ours for ours, theirs in _stack.FAMILIES.values() if second in theirs)
-    sentence = _stack.why_not_usable()
+    first = next(ours for ours, theirs in _mm_packages.FAMILIES.values() if second in theirs)
+    sentence = _mm_packages.why_not_usable()
     assert sentence.startswith(f'{first} and {second} are both installed and overwrite each other; type: ')
     uninstalled = re.search(rf'pip uninstall -y (.*) && {INSTALL}$', sentence)[1].split()
     assert sorted(uninstalled) == sorted((*ONEDL, second))  # what overlaps is broken even where it stays
@@ -52,20 +54,20 @@ def test_two_families_over_each_other_are_named_with_what_to_type(machine, secon
 
 def test_two_families_side_by_side_are_left_alone(machine):
     machine(('onedl-mmengine', 'mmcv-lite', 'onedl-mmsegmentation'))  # nothing is overwritten
-    assert _stack.why_not_usable() is None
+    assert _mm_packages.why_not_usable() is None
 
 
 def test_an_unusable_stack_is_an_import_error_with_that_sentence(machine):
     machine(missing=['mmcv'])
     with pytest.raises(ImportError) as error:
-        _stack.require_one_stack()
-    assert str(error.value) == _stack.why_not_usable()
+        _mm_packages.require_one_stack()
+    assert str(error.value) == _mm_packages.why_not_usable()
 
 
 def test_installed_asks_for_distributions_not_for_import_names():
-    assert _stack._installed('torch')
-    assert not _stack._installed('mmseg')  # the import name of mmsegmentation
-    assert not _stack._installed('no-such-distribution')
+    assert _mm_packages._installed('torch')
+    assert not _mm_packages._installed('mmseg')  # the import name of mmsegmentation
+    assert not _mm_packages._installed('no-such-distribution')
 
 
 def test_importing_says_nothing():

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .files import whole
+from ._files import whole
 
 ROWS = 256  # worked on at a time: pictures may be huge
 PIXELS = 2**20  # counted at a time: np.bincount makes them int64

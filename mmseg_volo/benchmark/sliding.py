@@ -13,8 +13,9 @@ from torch import nn
 
 from ..errors import UserError
 from ..models.segmentor import SlidingSegmentor
-from .benchmark import environment, paired_times, peak_bytes
+from .memory import peak_bytes
 from .segmentor import autocast, build_segmentor, measured_device
+from .timing import environment, paired_times
 
 AGAINST_MMSEG = (1024, 2048)
 TOLERANCE = 1e-5

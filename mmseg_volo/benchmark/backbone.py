@@ -1,32 +1,25 @@
 """Ours against timm and against the authors' mathematics: same weights, one process, turn by turn, parity first."""
 
-import ctypes
 import json
-import os
-import platform
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import timm
 import torch
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 from prettytable import PrettyTable
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from .._version import __version__
 from ..errors import UserError
 from ..models.volo import VOLO
 from ..ops import explain, outlook_attention
 from ..ops.reference import outlook_attention_reference
+from .memory import LiveMemory, peak_bytes
 from .segmentor import autocast, measured_device, segmentor_speed
+from .timing import environment, paired_times
 
 HEAD_WIDTH = 32
 # Cells of the table: arch, image side, rounds. The authors' D4 at 1024 takes a minute a pass on two cores.
@@ -72,7 +65,7 @@ TARGETS = {
 }
 
 
-def benchmark(
+def benchmark_backbone(
     device: str = 'auto',
     quick: bool = False,
     compiled: bool = False,
@@ -125,76 +118,6 @@ def benchmark(
     if json_path is not None:
         Path(json_path).write_text(json.dumps(result, indent=2))
     return result
-
-
-def environment(device: str) -> dict:
-    """What the numbers depend on."""
-    processor = next(
-        (line.split(':')[1].strip() for line in _lines('/proc/cpuinfo') if line.startswith('model name')),
-        platform.processor() or platform.machine(),
-    )
-    return dict(
-        device=torch.cuda.get_device_name() if device == 'cuda' else f'{processor}, {torch.get_num_threads()} threads',
-        torch=torch.__version__,
-        timm=timm.__version__,
-        mmseg_volo=__version__,
-        load=os.getloadavg()[0],
-    )
-
-
-def paired_times(contenders: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each contender in each round; they take turns, after one unmeasured round where there are several."""
-    times = {name: [] for name in contenders}
-    warm_up = int(rounds > 1)
-    for number in range(rounds + warm_up):
-        for name, run in contenders.items():
-            _synchronise(device)
-            start = time.perf_counter()
-            run()
-            _synchronise(device)
-            if number >= warm_up:
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
-def peak_bytes(run: Callable[[], object], device: str) -> int:
-    """What ``run`` needs at most beyond what is there before; on a CPU with the scratch memory of torch's libraries."""
-    if device == 'cuda':
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)
-    Path('/proc/self/clear_refs').write_text('5')  # resets VmHWM
-    before = _status_bytes('VmRSS')
-    run()
-    return _status_bytes('VmHWM') - before
-
-
-class LiveMemory(TorchDispatchMode):
-    """Bytes of the tensors made inside and still alive."""
-
-    def __init__(self):
-        super().__init__()
-        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {id for id, _ in map(_storage, tree_flatten((args, kwargs))[0])}
-        result = func(*args, **(kwargs or {}))
-        for key, tensor in map(_storage, tree_flatten(result)[0]):
-            if key is not None and key not in given and key not in self.storages:
-                storage = tensor.untyped_storage()
-                self.storages[key] = StorageWeakRef(storage), storage.nbytes()
-        return result
-
-    def live(self) -> int:
-        self.storages = {key: entry for key, entry in self.storages.items() if not entry[0].expired()}
-        return sum(size for _, size in self.storages.values())
-
-
-def _storage(x: object) -> tuple[int | None, object]:
-    return (x.untyped_storage()._cdata if isinstance(x, Tensor) else None), x
 
 
 class _Bench:
@@ -471,19 +394,3 @@ def _print(rows: list[dict], title: str) -> None:
         cells = {**row, 'met': {True: 'yes', False: 'NO', None: ''}[row.get('met')]}
         table.add_row([cells.get(column, '') for column in columns])
     print(table, flush=True)
-
-
-def _synchronise(device: str) -> None:
-    if device == 'cuda':
-        torch.cuda.synchronize()
-
-
-def _status_bytes(field: str) -> int:
-    return next(int(line.split()[1]) for line in _lines('/proc/self/status') if line.startswith(field)) * 1024
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []

@@ -1,0 +1,76 @@
+"""Checkpoints fetched from URLs and from timm."""
+
+import hashlib
+import re
+from http.client import HTTPException
+from pathlib import Path
+from urllib.parse import urlparse
+
+import torch
+from timm.models import get_pretrained_cfg, list_pretrained
+
+from .._files import file_sha256
+from ..errors import UserError
+from .wording import first_sentence
+
+
+def local_copy(source: str) -> str:
+    """Path of ``source`` on this machine, downloaded into torch's or huggingface_hub's cache where needed.
+
+    Args:
+        source: ``timm://name``; http(s) URL, which may end in ``#sha256=`` and 64 hex digits; or a path, passed on.
+
+    Raises:
+        UserError: cannot be had, or has another SHA-256, in which case the file is removed.
+    """
+    if source.startswith('timm://'):
+        return _from_timm(source.removeprefix('timm://'))
+    if not source.startswith(('http://', 'https://')):
+        return source
+    url = source.partition('#')[0]
+    expected = _expected_sha256(source)
+    folder = Path(torch.hub.get_dir()) / 'checkpoints'
+    try:
+        # With a hash, because every file on the Hugging Face hub is called model.safetensors.
+        path = folder / f'{hashlib.sha256(url.encode()).hexdigest()[:8]}-{Path(urlparse(url).path).name}'
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path))  # to a temporary name, then renamed
+    except (OSError, HTTPException, ValueError) as error:  # ValueError: no URL
+        raise UserError(f'cannot download {source} ({error}); fetch it by hand and give its path') from None
+    if expected and not (actual := file_sha256(path)).startswith(expected):
+        path.unlink()
+        raise UserError(f'{url} is refused: its SHA-256 should be {expected}, but is {actual}; the download is removed')
+    return str(path)
+
+
+def _expected_sha256(source: str) -> str:
+    """All of the SHA-256 that a URL tells, or its beginning, or nothing."""
+    url, _, fragment = source.partition('#')
+    if fragment.startswith('sha256='):
+        digest = fragment.removeprefix('sha256=').lower()
+        if not re.fullmatch('[0-9a-f]{64}', digest):
+            raise UserError(f'#sha256= takes 64 hex digits, got {digest!r}')
+        return digest
+    # torch.hub's convention. OpenMMLab's names look alike, but tell of another file: the one before publishing.
+    named = re.fullmatch(r'https://download\.pytorch\.org/.+-([0-9a-f]{8,64})\.pth', url)
+    return named[1] if named else ''
+
+
+def _from_timm(name: str) -> str:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        cfg = get_pretrained_cfg(name) if name.startswith('volo_') else None
+    except RuntimeError:  # the model is known, the tag is not
+        cfg = None
+    if cfg is None or not cfg.hf_hub_id:
+        raise UserError(f'timm has no VOLO weights named {name!r}; it has {", ".join(list_pretrained("volo_*"))}')
+    repo = cfg.hf_hub_id if not cfg.hf_hub_id.endswith('/') else f'{cfg.hf_hub_id}{cfg.architecture}.{cfg.tag}'
+    try:
+        return hf_hub_download(repo, 'model.safetensors')
+    except Exception as error:  # offline, proxy, hub down: huggingface_hub raises many kinds
+        raise UserError(
+            f'cannot get timm://{name} from the Hugging Face hub ({first_sentence(error)}); '
+            'without a network, download it elsewhere (docs/weights.md) and give its path'
+        ) from None

@@ -1,0 +1,153 @@
+"""Scores of a test set, and how sure one can be of them."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+REPLICATES = 1000
+KEPT = 4  # pictured images on either end of the scale
+CITYSCAPES_CATEGORIES = {
+    'flat': ('road', 'sidewalk'),
+    'construction': ('building', 'wall', 'fence'),
+    'object': ('pole', 'traffic light', 'traffic sign'),
+    'nature': ('vegetation', 'terrain'),
+    'sky': ('sky',),
+    'human': ('person', 'rider'),
+    'vehicle': ('car', 'truck', 'bus', 'train', 'motorcycle', 'bicycle'),
+}
+
+
+@dataclass(eq=False)
+class Example:
+    """An image worth looking at, with JPEGs of itself, truth, prediction and errors."""
+
+    name: str
+    miou: float
+    pictures: list[bytes] = field(default_factory=list)
+
+
+@dataclass
+class Totals:
+    """What images add up to. Areas are pixels ``[3, n]``: hit, truth and prediction of n classes."""
+
+    confusion: np.ndarray  # [n, n], truth by prediction
+    edges: np.ndarray  # areas of the boundaries
+    replicates: np.ndarray  # areas of 1000 test sets, drawn with replacement from this one
+    images: int = 0
+    worst: list[Example] = field(default_factory=list)
+    best: list[Example] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, num_classes: int) -> 'Totals':
+        """Nothing yet."""
+        shapes = (num_classes, num_classes), (3, num_classes), (REPLICATES, 3, num_classes)
+        return cls(*(np.zeros(shape, np.int64) for shape in shapes))
+
+    def add(self, name: str, confusion: np.ndarray, edges: np.ndarray) -> None:
+        """Count one image.
+
+        Poisson bootstrap (https://research.google/pubs/pub43157): each replicate holds the image Poisson(1) times, so
+        that one pass does. The image's name draws how often, so that neither order nor number of processes matters, and
+        two models measured on the same images can be compared replicate by replicate.
+        """
+        seed = hashlib.blake2b(name.encode(), digest_size=8).digest()
+        times = np.random.default_rng(int.from_bytes(seed, 'big')).poisson(1, REPLICATES)
+        self.confusion += confusion
+        self.edges += edges
+        self.replicates += times[:, None, None] * areas(confusion)
+        self.images += 1
+
+    def show(self, example: Example, draw: Callable[[], list[bytes]]) -> None:
+        """Draw and keep an image that is among the worst or the best so far."""
+        self._keep([example], [example])
+        if example in self.worst + self.best:
+            example.pictures = draw()
+
+    def merge(self, other: 'Totals') -> None:
+        """Add what another process counted."""
+        self.confusion += other.confusion
+        self.edges += other.edges
+        self.replicates += other.replicates
+        self.images += other.images
+        self._keep(other.worst, other.best)
+
+    def _keep(self, worst: list[Example], best: list[Example]) -> None:
+        self.worst = sorted(self.worst + worst, key=lambda example: (example.miou, example.name))[:KEPT]
+        self.best = sorted(self.best + best, key=lambda example: (-example.miou, example.name))[:KEPT]
+
+    def draws(self) -> dict[str, np.ndarray]:
+        """Scores of the replicates: mIoU and aAcc ``[1000]``, IoU ``[1000, n]``."""
+        per_class = iou(self.replicates)
+        return dict(mIoU=mean(per_class), aAcc=accuracy(self.replicates), IoU=per_class)
+
+
+def areas(confusion: np.ndarray) -> np.ndarray:
+    """Areas ``[3, n]`` of a confusion matrix."""
+    return np.stack([np.diag(confusion), confusion.sum(1), confusion.sum(0)])
+
+
+def iou(pixels: np.ndarray) -> np.ndarray:
+    """IoU ``[..., n]`` in per cent, from areas ``[..., 3, n]``; NaN for a class in neither truth nor prediction."""
+    hit, truth, prediction = np.moveaxis(pixels, -2, 0)
+    return 100 * _ratio(hit, truth + prediction - hit)
+
+
+def accuracy(pixels: np.ndarray) -> np.ndarray:
+    """Per cent of all pixels that are right, mmseg's aAcc."""
+    hit, truth, _ = np.moveaxis(pixels, -2, 0)
+    return 100 * _ratio(hit.sum(-1), truth.sum(-1))
+
+
+def mean(scores: np.ndarray) -> np.ndarray:
+    """Mean over the classes that have a score."""
+    return _ratio(np.nansum(scores, -1), np.isfinite(scores).sum(-1))
+
+
+def class_scores(pixels: np.ndarray, edges: np.ndarray) -> dict[str, np.ndarray]:
+    """Each score ``[n]`` in per cent; NaN where there is nothing to divide by."""
+    hit, truth, prediction = pixels
+    recall = 100 * _ratio(hit, truth)
+    return dict(
+        IoU=iou(pixels),
+        Acc=recall,  # mmseg has both names, too
+        Precision=100 * _ratio(hit, prediction),
+        Recall=recall,
+        Fscore=200 * _ratio(hit, truth + prediction),
+        BoundaryIoU=iou(edges),
+    )
+
+
+def mean_scores(pixels: np.ndarray, edges: np.ndarray) -> dict[str, float]:
+    """Each score of the whole, in per cent."""
+    per_class = class_scores(pixels, edges)
+    truth = pixels[1]
+    scores = dict(
+        mIoU=mean(per_class['IoU']),
+        mAcc=mean(per_class['Acc']),
+        aAcc=accuracy(pixels),
+        fwIoU=_ratio(np.nansum(per_class['IoU'] * truth), truth.sum()),
+        mBoundaryIoU=mean(per_class['BoundaryIoU']),
+    )
+    return {name: float(score) for name, score in scores.items()}
+
+
+def category_iou(confusion: np.ndarray, classes: Sequence[str]) -> dict[str, float]:
+    """IoU of Cityscapes' categories, if ``classes`` are its own; a mistake within a category is none."""
+    groups = CITYSCAPES_CATEGORIES.values()
+    if {name for group in groups for name in group} != set(classes):
+        return {}
+    member = np.array([[name in group for name in classes] for group in groups], np.int64)
+    return dict(zip(CITYSCAPES_CATEGORIES, iou(areas(member @ confusion @ member.T)).tolist(), strict=True))
+
+
+def interval(draws: np.ndarray) -> np.ndarray:
+    """Where 95 % of the replicates ``[1000, ...]`` lie, from and to: ``[2, ...]``; NaN if none has a score."""
+    some = np.isfinite(draws).any(0)
+    return np.where(some, np.nanpercentile(np.where(some, draws, 0), [2.5, 97.5], axis=0), np.nan)
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid='ignore'):
+        return np.true_divide(part, whole)
