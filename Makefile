@@ -1,18 +1,18 @@
-# make demo: toy streets, trained and looked at.  make test: everything checked.  make soak: the same for hours.
-# All install what they need into .venv.
+# make demo: train on generated streets, measure, look.  make test: all tests.  make soak: the long tests.
+# Each installs what it needs into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test soak soak-short lint format clean
+.PHONY: demo test soak soak-short lint format docs clean
 
 .venv/installed: setup.cfg pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "mmseg_volo needs Python 3.10 or newer; try: make PYTHON=python3.12")'
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "mmseg_volo requires Python 3.10 or newer; try: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[onedl,dev]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[onedl,report,tensorboard,completion,docs,dev]' --constraint constraints.txt
 	touch $@
 
 demo: .venv/installed
-	$(BIN)/python tools/demo.py
+	$(BIN)/mmseg-volo demo
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal
@@ -31,10 +31,11 @@ $(SOAK:%=short-%): short-%: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv build dist docs/_build *.egg-info .pytest_cache .ruff_cache .mypy_cache

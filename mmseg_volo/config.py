@@ -1,15 +1,18 @@
-"""A config: its arguments, its file, and where its results go."""
+"""Configs: found by path or name, loaded, checked, and where their results go."""
 
 import os
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 from mmengine.config import Config, DictAction
 
 from .errors import UserError
 
+CONFIGS = Path(__file__).parent / 'configs'  # in a clone, a link to the folder of that name at the top level
 SPLITS = ('train', 'val', 'test')
-# What the tools themselves read of a config; the rest is mmengine's to build or to refuse.
+# Types of the values that the commands read; mmengine builds or refuses the rest.
 KINDS = {
     'model': dict,
     'model.backbone': dict,
@@ -26,42 +29,58 @@ LOADER_KINDS = {'dataset': dict, 'batch_size': int, 'sampler': dict}
 DATA_SET_KINDS = {'data_root': str | None, 'data_prefix': dict}
 
 
-class Options(DictAction):
-    """``--cfg-options key=value ...`` as mmengine reads them; a word without ``=`` is an error of one sentence."""
+def parse_options(words: Sequence[str]) -> dict:
+    """``--cfg-options`` as a dict: words ``key=value``, with values as mmengine reads them (numbers, lists, dicts).
 
-    def __call__(self, parser: ArgumentParser, namespace: Namespace, values: list[str], option: str | None = None):
-        wrong = [value for value in values if '=' not in value]
-        if wrong:
-            parser.error(f'{option} takes key=value, got {wrong[0]!r}')
-        try:
-            super().__call__(parser, namespace, values, option)
-        except Exception as error:  # of mmengine's parser, for brackets without an end
-            parser.error(f'{option} cannot be read: {error}')
+    Raises:
+        UserError: a value cannot be read, such as a bracket that is never closed.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={})
+    try:
+        return parser.parse_args(['--cfg-options', *words]).cfg_options if words else {}
+    except Exception as error:  # mmengine's parser raises many kinds
+        raise UserError(f'--cfg-options cannot be read: {error}') from None
 
 
-def add_config_arguments(parser: ArgumentParser) -> None:
-    """Arguments that every tool with a config has."""
-    parser.add_argument('config', help='a file of configs/, or your own')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=Options,
-        default={},
-        metavar='KEY=VALUE',
-        help='override the config, for example data_root=/data/cityscapes train_dataloader.batch_size=2',
+def shipped_configs() -> dict[str, Path]:
+    """Paths of the configs that come with the package, by name."""
+    leaves = sorted(path for path in CONFIGS.rglob('*.py') if '_base_' not in path.parts and path.stem != '__init__')
+    return {path.stem: path for path in leaves}
+
+
+def find_config(config: str) -> Path:
+    """Path of a config: a file, or the name of a shipped config.
+
+    Raises:
+        UserError: neither; the message lists the nearest names.
+    """
+    path = Path(config)
+    if path.is_file():
+        return path
+    shipped = shipped_configs()
+    if config in shipped:
+        return shipped[config]
+    near = get_close_matches(path.stem, shipped, n=3, cutoff=0.5)
+    hint = f'did you mean {", ".join(near)}?' if near else ''
+    raise UserError(
+        f'config not found: {config}; {hint or "no shipped config has a similar name"} (mmseg-volo configs lists them)'
     )
 
 
 def load_config(path: str, options: dict) -> Config:
-    """Config at ``path`` with ``options`` merged in; ``data_root`` goes to every data set.
+    """Load a config and override it.
+
+    Args:
+        path: a file, or the name of a shipped config.
+        options: values by dotted key; ``data_root`` is set in every data set.
 
     Raises:
-        UserError: no such file, it does not load, or holds something else than the tools read.
+        UserError: not found, does not load, or a value that the commands read has the wrong type.
     """
-    if not Path(path).is_file():
-        raise UserError(f'config not found: {path}; configs/ holds those that come with mmseg_volo')
+    file = find_config(path)
     try:
-        cfg = Config.fromfile(path)
+        cfg = Config.fromfile(file)
     except (Exception, SystemExit) as error:  # a config is a program: anything can go wrong in it
         raise UserError(f'config {path} does not load: {type(error).__name__}: {error}') from None
     try:
@@ -87,30 +106,30 @@ def _check_kinds(settings: Config | dict, kinds: dict) -> None:
         for name in key.split('.'):
             value = value.get(name)
         if not isinstance(value, kind):
-            raise UserError(f'{key} must be {getattr(kind, "__name__", kind)} in a config, got {value!r}')
+            raise UserError(f'invalid config: {key} must be of type {getattr(kind, "__name__", kind)}, got {value!r}')
 
 
 def _check_steps(pipeline: list) -> None:
-    """Each is a dict with a type, or has such steps inside, as those of TestTimeAug do."""
+    """Raise ``UserError`` unless each step is a dict with a type; TestTimeAug nests lists of steps."""
     if not isinstance(pipeline, list | tuple):
-        raise UserError(f'the steps of a pipeline must be a list, got {pipeline!r}')
+        raise UserError(f'invalid config: a pipeline must be a list, got {pipeline!r}')
     for step in pipeline:
         if isinstance(step, list | tuple):
             _check_steps(step)
         elif not isinstance(step, dict) or 'type' not in step:
-            raise UserError(f'a step of a pipeline must be a dict with a type, got {step!r}')
+            raise UserError(f'invalid config: a pipeline step must be a dict with a type, got {step!r}')
         else:
             _check_steps(step.get('transforms', []))
 
 
 def set_work_dir(cfg: Config, config_path: str, work_dir: str | None) -> None:
-    """Make the work dir, ``work_dirs/<config's stem>`` by default; raises ``UserError`` if nothing can be written."""
+    """Create the work dir, by default ``work_dirs/<config name>``; raises ``UserError`` if it is not writable."""
     cfg.work_dir = work_dir or cfg.get('work_dir') or str(Path('work_dirs') / Path(config_path).stem)
     make_writable(cfg.work_dir)
 
 
 def make_writable(folder: str | Path) -> Path:
-    """Make ``folder`` if need be; raises ``UserError`` if nothing can be written there."""
+    """Create ``folder`` if necessary; raises ``UserError`` if it is not writable."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -123,18 +142,18 @@ def make_writable(folder: str | Path) -> Path:
 
 
 def picture_path(out: str) -> Path:
-    """``out`` as a path to write a PNG to; raises ``UserError`` if it cannot be one."""
+    """Path of the PNG file ``out``; raises ``UserError`` for another suffix or a folder that is not writable."""
     path = Path(out)
     if path.suffix != '.png' or path.is_dir():
-        raise UserError(f'--out {out} is no name for a picture; one that ends in .png is')
+        raise UserError(f'--out must be a .png file, got {out}')
     make_writable(path.parent)
     return path
 
 
 def data_sets(dataset: dict) -> list[dict]:
-    """The data sets inside RepeatDataset, ConcatDataset and the like."""
+    """Innermost data sets of a data set's config, inside RepeatDataset, ConcatDataset and similar wrappers."""
     if not isinstance(dataset, dict):
-        raise UserError(f'a data set must be a dict in a config, got {dataset!r}')
+        raise UserError(f'invalid config: a data set must be a dict, got {dataset!r}')
     if 'dataset' in dataset:
         return data_sets(dataset['dataset'])
     if 'datasets' in dataset:

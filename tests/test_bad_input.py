@@ -57,23 +57,23 @@ def sentence(action, capsys) -> str:
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ({'model': 3}, 'model must be dict in a config, got 3'),
-        ({'model.decode_head.num_classes': None}, 'model.decode_head.num_classes must be int in a config, got None'),
-        ({'train_dataloader': 'a'}, "train_dataloader must be dict in a config, got 'a'"),
-        ({'val_dataloader.batch_size': 'two'}, "val_dataloader.batch_size must be int in a config, got 'two'"),
-        ({'test_dataloader.dataset': [1]}, r'test_dataloader.dataset must be dict in a config, got \[1\]'),
-        ({'train_dataloader.dataset.dataset': 1}, 'a data set must be a dict in a config, got 1'),
-        ({'train_dataloader.dataset.datasets': 1}, 'datasets must be .* in a config, got 1'),
-        ({'data_root': 3}, 'data_root must be .* in a config, got 3'),
-        ({'test_dataloader.dataset.pipeline': 3}, 'the steps of a pipeline must be a list, got 3'),
-        ({'tta_pipeline': [{'type': 'TestTimeAug', 'transforms': 3}]}, 'the steps of a pipeline must be a list, got 3'),
-        ({'test_dataloader.dataset.pipeline': [3]}, 'a step of a pipeline must be a dict with a type, got 3'),
+        ({'model': 3}, 'model must be of type dict, got 3'),
+        ({'model.decode_head.num_classes': None}, 'model.decode_head.num_classes must be of type int, got None'),
+        ({'train_dataloader': 'a'}, "train_dataloader must be of type dict, got 'a'"),
+        ({'val_dataloader.batch_size': 'two'}, "val_dataloader.batch_size must be of type int, got 'two'"),
+        ({'test_dataloader.dataset': [1]}, r'test_dataloader.dataset must be of type dict, got \[1\]'),
+        ({'train_dataloader.dataset.dataset': 1}, 'a data set must be a dict, got 1'),
+        ({'train_dataloader.dataset.datasets': 1}, 'datasets must be of type .*, got 1'),
+        ({'data_root': 3}, 'data_root must be of type .*, got 3'),
+        ({'test_dataloader.dataset.pipeline': 3}, 'a pipeline must be a list, got 3'),
+        ({'tta_pipeline': [{'type': 'TestTimeAug', 'transforms': 3}]}, 'a pipeline must be a list, got 3'),
+        ({'test_dataloader.dataset.pipeline': [3]}, 'a pipeline step must be a dict with a type, got 3'),
         ({'test_dataloader.dataset.pipeline.1': 3}, 'dataset.pipeline.1 cannot be set in .*: AttributeError'),
         (
             {'tta_pipeline': [{'type': 'TestTimeAug', 'transforms': [[{}]]}]},
-            'a step of a pipeline must be a dict with a type, got {}',
+            'a pipeline step must be a dict with a type, got {}',
         ),
-        ({'custom_hooks': 1.5}, r'custom_hooks must be list \| None in a config, got 1.5'),
+        ({'custom_hooks': 1.5}, r'custom_hooks must be of type list \| None, got 1.5'),
         ({'param_scheduler.9.end': 1}, r'param_scheduler\.9\.end cannot be set in .*: KeyError'),
         ({'crop_size': 1, 'crop_size.x': 1}, r'crop_size, crop_size\.x cannot be set in .*: TypeError'),
     ],
@@ -226,25 +226,25 @@ def soak():
 @pytest.mark.parametrize(
     ('tool', 'ending'),
     [
-        (lambda: None, 'fine'),
+        (lambda: 0, 'fine'),
         (lambda: (print('error: no', file=sys.stderr), sys.exit(2)), 'refused'),
         (lambda: sys.exit(2), 'status 2 without one sentence'),
         (lambda: 1 / 0, 'traceback: ZeroDivisionError'),
         (lambda: os.kill(os.getpid(), signal.SIGKILL), 'crash: signal 9'),
         (lambda: os.read(os.pipe()[0], 1), 'hang: '),
-        (lambda: Path('.partial-a.png').touch(), 'partial output: .partial-a.png'),
-        (lambda: Path('a.png').write_bytes(b'half'), 'partial output: a.png'),
+        (lambda: Path('.partial-a.png').touch() or 0, 'partial output: .partial-a.png'),
+        (lambda: Path('a.png').write_bytes(b'half') * 0, 'partial output: a.png'),
     ],
     ids=['fine', 'refused', 'no sentence', 'traceback', 'crash', 'hang', 'partial name', 'partial file'],
 )
 def test_the_soak_test_tells_endings_apart(soak, tmp_path, monkeypatch, tool, ending):
-    monkeypatch.setattr(soak, 'main_of', lambda name: tool)
+    monkeypatch.setattr(soak, 'run_command', lambda command, arguments: tool())
     monkeypatch.setattr(soak, 'LIMIT', 3)
     assert soak.run_alone(lambda case: ('plot', []), (), tmp_path)[0].startswith(ending)
 
 
 def test_the_soak_test_makes_a_failing_case_smaller(soak, tmp_path, monkeypatch):
-    monkeypatch.setattr(soak, 'main_of', lambda name: lambda: '--size' in sys.argv and 1 / 0)
+    monkeypatch.setattr(soak, 'run_command', lambda command, arguments: '--size' in arguments and 1 / 0)
     counts, failed = soak.draw(soak.commands, 0, tmp_path)
-    assert failed.startswith("commands, seed 0: ('make_toy_streets', [])\n  traceback: ZeroDivisionError"), failed
+    assert failed.startswith("commands, seed 0: ('toy-streets', [])\n  traceback: ZeroDivisionError"), failed
     assert counts['traceback'] == 1 and counts['cases'] == counts['fine'] + 1

@@ -29,7 +29,7 @@ def small(monkeypatch):
 
 
 def test_the_table_is_printed_and_returned(small, capsys, tmp_path):
-    result = benchmark_backbone('cpu', quick=True, json_path=str(tmp_path / 'numbers.json'))
+    result = benchmark_backbone('cpu', quick=True, out=str(tmp_path / 'numbers.json'))
     printed = capsys.readouterr().out
     assert set(result['tables']) == {'parity', 'operator', 'forward', 'train step', 'memory'}
     for row in result['tables']['forward']:
@@ -109,7 +109,7 @@ def test_a_segmentor_without_auxiliary_head_is_profiled_too():
 @pytest.mark.parametrize(
     ('tool', 'arguments', 'sentence'),
     [
-        ('benchmark.py', ['--json', 'nowhere/numbers.json'], 'no folder'),
+        ('benchmark.py', ['--out', 'nowhere/numbers.json'], 'no folder'),
         ('profile_step.py', ['nowhere.py'], 'config not found: nowhere.py'),
     ],
 )

@@ -1,7 +1,6 @@
 """Every mistake, planted one by one in toy streets, has its name; data without mistakes have none."""
 
 import gc
-import runpy
 import shutil
 import subprocess
 import sys
@@ -17,9 +16,9 @@ from mmseg_volo.config import load_config
 from mmseg_volo.datasets.checks import check_all_data, check_data
 from mmseg_volo.datasets.toy_streets import make_toy_streets
 from mmseg_volo.errors import UserError
+from mmseg_volo_cli import main
 
 CONFIG = str(ROOT / 'configs/volo_tiny_toy_streets.py')
-TOOL = ROOT / 'tools/check_data.py'
 TRAIN, VAL = 8, 4
 
 
@@ -315,37 +314,37 @@ def test_only_the_splits_asked_for_are_looked_at(copy, capsys):
     assert not Path('work_dirs').exists()
 
 
-def run_tool(monkeypatch, *arguments) -> int:
-    monkeypatch.setattr(sys, 'argv', [str(TOOL), *map(str, arguments)])
-    with pytest.raises(SystemExit) as caught:
-        runpy.run_path(str(TOOL), run_name='__main__')
-    return int(caught.value.code)
+def run_tool(*arguments) -> int:
+    try:
+        return main('check-data', list(map(str, arguments)))
+    except SystemExit as end:
+        return int(end.code)
 
 
-def test_the_tools_status_is_0_without_errors_1_with_and_2_for_what_it_cannot_do(copy, monkeypatch, capsys):
+def test_the_exit_status_is_0_without_errors_1_with_and_2_for_bad_input(copy, capsys):
     options = ['--cfg-options', f'data_root={copy}']
-    assert run_tool(monkeypatch, CONFIG, '--splits', 'val', '--out', 'seen.png', *options) == 0
+    assert run_tool(CONFIG, '--splits', 'val', '--out', 'seen.png', *options) == 0
     assert Path('seen.png').is_file()
     colours(copy)
-    assert run_tool(monkeypatch, CONFIG, *options) == 1
+    assert run_tool(CONFIG, *options) == 1
     capsys.readouterr()
     blocked = copy / 'file'
     blocked.write_text('')
     for arguments, words in [
         (['nowhere.py'], 'config not found'),
         ([CONFIG, '--cfg-options', 'data_root=nowhere'], 'no folder nowhere/leftImg8bit/train'),
-        ([CONFIG, '--out', 'seen.jpg', *options], 'ends in .png'),
+        ([CONFIG, '--out', 'seen.jpg', *options], 'must be a .png file'),
         ([CONFIG, '--out', blocked / 'seen.png', *options], f'cannot write to {blocked}'),
         ([CONFIG, '--cfg-options', 'val_dataloader=None', '--splits', 'val'], 'no val_dataloader'),
     ]:
-        assert run_tool(monkeypatch, *arguments) == 2
+        assert run_tool(*arguments) == 2
         (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith('error: '))
         assert words in line
 
 
 def test_the_tool_runs_as_its_user_runs_it(copy):
     label_without_image(copy)
-    command = [sys.executable, TOOL, CONFIG, '--cfg-options', f'data_root={copy}']
+    command = [sys.executable, ROOT / 'tools/check_data.py', CONFIG, '--cfg-options', f'data_root={copy}']
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and 'error: train: label has no image' in done.stdout and 'Traceback' not in done.stderr
 

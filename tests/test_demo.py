@@ -21,7 +21,7 @@ def test_demo_leaves_data_metrics_and_pictures_and_can_be_repeated(tmp_path, mon
     for name, value in dict(TRAIN=4, VAL=3, SIZE=(96, 64), SHOWN=2).items():
         monkeypatch.setattr(module, name, value)
     for _ in range(2):
-        metrics = run_demo(str(tmp_path / 'short.py'), str(tmp_path / 'out'))
+        metrics = run_demo(str(tmp_path / 'out'), config=str(tmp_path / 'short.py'))
     out = tmp_path / 'out'
     printed = capsys.readouterr().out
     assert 'already holds these toy streets' in printed and f'mIoU {metrics["mIoU"]:.2f} on 3 unseen scenes' in printed

@@ -163,4 +163,4 @@ def test_a_mistake_that_all_processes_make_is_said_once(tmp_path):
     )
     assert done.returncode != 0
     assert done.stderr.count('error: config not found: nowhere.py') == 1
-    assert 'tools/train.py", line' not in done.stderr
+    assert 'mmseg_volo_cli.py", line' not in done.stderr

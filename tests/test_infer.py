@@ -1,10 +1,8 @@
 """Pictures and videos in, labels out."""
 
 import resource
-import runpy
 import shutil
 import struct
-import sys
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
@@ -27,6 +25,7 @@ from mmseg_volo.config import load_config
 from mmseg_volo.datasets.toy_streets import make_toy_streets
 from mmseg_volo.errors import UserError
 from mmseg_volo.visualization import label_png, overlay, with_legend
+from mmseg_volo_cli import main
 
 CONFIG = str(ROOT / 'configs/volo_tiny_toy_streets.py')
 SIZE = WIDTH, HEIGHT = 96, 64
@@ -125,10 +124,10 @@ def test_probabilities_sum_to_one_and_agree_with_the_labels(place, checkpoint, t
 
 def test_half_precision_is_close_and_not_the_same(place, checkpoint, tmp_path):
     path = scenes(place)[0]
-    for half in (False, True):
-        infer(CONFIG, checkpoint, [str(path)], str(tmp_path / str(half)), save=['prob'], half=half)
-    single, half = (np.load(tmp_path / str(half) / f'prob/{path.stem}.npy').astype(float) for half in (False, True))
-    assert 0 < np.abs(single - half).mean() < 0.01
+    for amp in (False, True):
+        infer(CONFIG, checkpoint, [str(path)], str(tmp_path / str(amp)), save=['prob'], amp=amp)
+    single, mixed = (np.load(tmp_path / str(amp) / f'prob/{path.stem}.npy').astype(float) for amp in (False, True))
+    assert 0 < np.abs(single - mixed).mean() < 0.01
 
 
 # Files of all kinds. At opacity 0 an overlay is the image as it was decoded.
@@ -362,16 +361,13 @@ def small_disk(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_the_tool_takes_it_all_and_exits_with_1_for_what_it_skipped(place, checkpoint, tmp_path, monkeypatch, capsys):
+def test_the_tool_takes_it_all_and_exits_with_1_for_what_it_skipped(place, checkpoint, tmp_path, capsys):
     shutil.copy(scenes(place)[0], tmp_path / 'a.png')
     (tmp_path / 'broken.mp4').write_bytes(b'no video')
     (tmp_path / 'broken.jpg').write_bytes(b'no picture')
-    arguments = [CONFIG, checkpoint, str(tmp_path), '--out-dir', str(tmp_path / 'out'), '--device', 'cpu', '--half']
+    arguments = [CONFIG, checkpoint, str(tmp_path), '--out-dir', str(tmp_path / 'out'), '--device', 'cpu', '--amp']
     arguments += ['--save', 'overlay', 'prob', '--opacity', '0.3']
-    monkeypatch.setattr(sys, 'argv', ['infer.py', *arguments])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(ROOT / 'tools/infer.py'), run_name='__main__')
-    assert end.value.code == 1
+    assert main('infer', arguments) == 1
     output = capsys.readouterr().out
     assert 'broken.mp4 cannot be decoded as a video; skipped' in output
     assert 'broken.jpg cannot be decoded as an image; skipped' in output

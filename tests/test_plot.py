@@ -2,8 +2,6 @@
 
 import json
 import math
-import runpy
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +20,7 @@ from mmseg_volo import CamVidDataset, ValidationPicturesHook
 from mmseg_volo.apis.plotting import plot
 from mmseg_volo.datasets.toy_streets import make_toy_streets
 from mmseg_volo.errors import UserError
+from mmseg_volo_cli import main
 
 
 @pytest.fixture(scope='module')
@@ -105,9 +104,8 @@ def drawn(monkeypatch) -> list[tuple]:
     return curves
 
 
-def test_the_curves_of_a_real_run_become_one_picture(trained, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, 'argv', ['plot.py', str(trained), '--out', str(tmp_path / 'sub/curves.png')])
-    runpy.run_path(str(ROOT / 'tools/plot.py'), run_name='__main__')
+def test_the_curves_of_a_real_run_become_one_picture(trained, tmp_path, capsys):
+    assert main('plot', [str(trained), '--out', str(tmp_path / 'sub/curves.png')]) == 0
     with Image.open(tmp_path / 'sub/curves.png') as picture:
         assert picture.format == 'PNG' and min(picture.size) > 1000
         assert len(set(picture.convert('L').reduce(8).tobytes())) > 10
@@ -161,7 +159,7 @@ def test_folders_and_names_that_cannot_be_plotted(tmp_path):
         (([str(tmp_path / 'nowhere')], out), r'no folder .*nowhere'),
         (([str(work_dir), str(tmp_path / 'empty')], out), r'empty has no scalars'),
         (([str(tmp_path / 'broken')], out), r'scalars\.json is damaged \('),
-        (([str(work_dir)], str(tmp_path / 'plot.pdf')), r'plot\.pdf is no name for a picture'),
+        (([str(work_dir)], str(tmp_path / 'plot.pdf')), r'--out must be a \.png file, got .*plot\.pdf'),
         (([str(work_dir)], str(broken / 'plot.png')), 'cannot write to'),
     ):
         with pytest.raises(UserError, match=message):

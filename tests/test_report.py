@@ -59,7 +59,7 @@ def run(place: Path, name: str, checkpoint: str = 'model.pth', data: str = 'toy'
         str(CONFIG),
         str(place / checkpoint),
         work_dir=str(place / 'work'),
-        out=str(place / name),
+        out_dir=str(place / name),
         cfg_options={'data_root': str(place / data), **WORKERS, **(options or {})},
         **more,
     )

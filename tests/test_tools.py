@@ -54,7 +54,7 @@ def fails(*command, cwd: Path, status: int = 2) -> str:
 def place(tmp_path_factory) -> Path:
     """A folder with toy streets and a checkpoint trained on them for 4 iterations."""
     folder = tmp_path_factory.mktemp('place')
-    run(ROOT / 'tools/make_toy_streets.py', 'toy', '--train', 6, '--val', 3, '--size', '96x64', cwd=folder)
+    run(ROOT / 'tools/toy_streets.py', 'toy', '--train', 6, '--val', 3, '--size', '96x64', cwd=folder)
     output = run(ROOT / 'tools/train.py', CONFIG, '--work-dir', 'work', '--seed', 0, *options(), cwd=folder)
     (folder / 'train.txt').write_text(output)
     return folder
@@ -125,7 +125,7 @@ def test_auto_scale_lr_scales_with_the_batch_and_the_work_dir_is_the_configs_ste
 
 def test_test_prints_and_saves_the_metrics(place, checkpoint):
     output = run(
-        *(ROOT / 'tools/test.py', CONFIG, checkpoint, '--out', 'measured', '--show-dir', 'shown_pairs', *options()),
+        *(ROOT / 'tools/test.py', CONFIG, checkpoint, '--out-dir', 'measured', '--show-dir', 'shown_pairs', *options()),
         cwd=place,
     )
     report = json.loads((place / 'measured/metrics.json').read_text())
@@ -138,7 +138,7 @@ def test_test_prints_and_saves_the_metrics(place, checkpoint):
 
 
 def test_tta_averages_more_views(place, checkpoint):
-    run(ROOT / 'tools/test.py', CONFIG, checkpoint, '--tta', '--out', 'tta', *options(), cwd=place)
+    run(ROOT / 'tools/test.py', CONFIG, checkpoint, '--tta', '--out-dir', 'tta', *options(), cwd=place)
     report = json.loads((place / 'tta/metrics.json').read_text())
     assert report['tta'] is True and 0 < report['metrics']['aAcc'] <= 100
 
@@ -191,7 +191,7 @@ def test_config_that_does_not_load(tmp_path):
 
 def test_option_without_value(tmp_path):
     output = run(ROOT / 'tools/train.py', CONFIG, '--cfg-options', 'seed', cwd=tmp_path, status=2)
-    assert "takes key=value, got 'seed'" in output
+    assert "takes KEY=VALUE, got 'seed'" in output
 
 
 def test_unknown_arch(place):
@@ -313,7 +313,7 @@ def test_output_folder_not_writable(place, checkpoint, tmp_path):
     assert f'cannot write to {out}' in fails(
         ROOT / 'tools/infer.py', CONFIG, checkpoint, scene(place), '--out-dir', out, cwd=place
     )
-    for tool in (['train.py', CONFIG, '--work-dir', out], ['test.py', CONFIG, checkpoint, '--out', out]):
+    for tool in (['train.py', CONFIG, '--work-dir', out], ['test.py', CONFIG, checkpoint, '--out-dir', out]):
         assert f'cannot write to {out}' in fails(ROOT / 'tools' / tool[0], *tool[1:], *options(), cwd=place)
 
 

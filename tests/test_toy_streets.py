@@ -1,7 +1,6 @@
 import errno
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from PIL import Image
 
 from mmseg_volo.datasets.toy_streets import make_toy_streets, parse_size, render_scene
 from mmseg_volo.errors import UserError
+from mmseg_volo_cli import main
 
 ROOT = Path(__file__).parents[1]
 SIZE = (128, 64)
@@ -197,7 +197,7 @@ def test_a_partial_folder_of_someone_else_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ['toy.partial']
 
 
-TOOL = ROOT / 'tools/make_toy_streets.py'
+TOOL = ROOT / 'tools/toy_streets.py'
 
 
 def run_tool(*arguments: str | Path) -> subprocess.CompletedProcess:
@@ -206,14 +206,13 @@ def run_tool(*arguments: str | Path) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, TOOL, *arguments], capture_output=True, text=True, env=environment)
 
 
-def test_the_tool_writes_once_and_then_says_it_is_there(tmp_path, monkeypatch, capsys):
+def test_the_tool_writes_once_and_then_says_it_is_there(tmp_path, capsys):
     arguments = [str(tmp_path / 'toy'), '--train', '2', '--val', '1', '--size', '64x32']
     first = run_tool(*arguments)
     assert first.returncode == 0, first.stderr
     assert len(list(tmp_path.rglob('*_leftImg8bit.png'))) == 3
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')}
-    monkeypatch.setattr(sys, 'argv', [str(TOOL), *arguments])
-    runpy.run_path(str(TOOL), run_name='__main__')  # in this process: importing torch anew takes seconds
+    assert main('toy-streets', arguments) == 0  # in this process: importing torch anew takes seconds
     said = capsys.readouterr().out
     assert 'already' in said and said.count('\n') == 1
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')} == files
@@ -229,10 +228,9 @@ def test_the_tool_refuses_a_folder_of_something_else_and_leaves_it(tmp_path):
     assert contents(tmp_path) == {'photos/cat.jpg': b'meow'}
 
 
-def test_the_tool_names_a_malformed_size(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, 'argv', [str(TOOL), str(tmp_path / 'toy'), '--size', '256'])
+def test_the_tool_names_a_malformed_size(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(TOOL), run_name='__main__')
+        main('toy-streets', [str(tmp_path / 'toy'), '--size', '256'])
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "error: size must be WIDTHxHEIGHT, such as 256x128, got '256'\n"
     assert not any(tmp_path.iterdir())

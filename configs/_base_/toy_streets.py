@@ -1,4 +1,4 @@
-# Toy streets in Cityscapes' layout, 256 x 128, 9 of its 19 classes: tools/make_toy_streets.py data/toy_streets.
+# Toy streets in Cityscapes' layout, 256 x 128, 9 of its 19 classes: tools/toy_streets.py data/toy_streets.
 from mmseg_volo import BeginSample, StreamSampler
 
 data_root = 'data/toy_streets'

@@ -48,7 +48,7 @@ def infer(
     save: Sequence[str] = ('labels', 'overlay'),
     opacity: float = 0.55,
     tta: bool = False,
-    half: bool = False,
+    amp: bool = False,
     cfg_options: dict | None = None,
 ) -> list[str]:
     """Segment pictures and videos, a video into an overlay alone.
@@ -60,7 +60,7 @@ def infer(
             ``'prob'``, float16 ``[classes, H, W]`` in NumPy's format, to ``out_dir/prob``.
         opacity: of the colours in an overlay, from 0 to 1.
         tta: average over the scales and flips of the config's ``tta_pipeline``.
-        half: compute in bfloat16 under autocast, in float16 on a GPU without it.
+        amp: mixed precision: autocast to bfloat16, or to float16 on a GPU without bfloat16.
 
     Returns:
         The files that could not be decoded, or not to their end; there was a warning for each.
@@ -79,7 +79,7 @@ def infer(
     cfg = load_config(config, cfg_options or {})
     if tta and not {'tta_pipeline', 'tta_model'} <= set(cfg):
         raise UserError(f'--tta needs tta_pipeline and tta_model in {config}')
-    predictor = _Predictor(cfg, checkpoint, _device(device), tta, half)
+    predictor = _Predictor(cfg, checkpoint, _device(device), tta, amp)
     out = make_writable(out_dir)
     skipped, broken, start = [], [], time.perf_counter()
     for path, name in tqdm(outputs.items(), 'files', unit='file', disable=None):
@@ -165,7 +165,7 @@ def _device(name: str) -> str:
 class _Predictor:
     """The model of a config, for one decoded image (BGR, uint8 ``[H, W, 3]``) after another."""
 
-    def __init__(self, cfg: Config, checkpoint: str, device: str, tta: bool, half: bool):
+    def __init__(self, cfg: Config, checkpoint: str, device: str, tta: bool, amp: bool):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # without a checkpoint mmseg guesses class names; ours follow below
             self.model = init_model(cfg, checkpoint=None, device='cpu')
@@ -173,7 +173,7 @@ class _Predictor:
         meta = meta or DATASETS.get(cfg.test_dataloader.dataset.type).METAINFO
         self.classes, self.palette = meta['classes'], meta['palette']
         self.model.to(device)
-        self.device, self.half = device, half
+        self.device, self.amp = device, amp
         self.tester = MODELS.build(dict(cfg.tta_model, module=self.model)) if tta else self.model
         self.segments = hasattr(self.tester, 'segment')  # as ours does, without packing
         steps = cfg.tta_pipeline if tta else data_sets(cfg.test_dataloader.dataset)[0].pipeline
@@ -213,7 +213,7 @@ class _Predictor:
     def _autocast(self) -> torch.autocast:
         kind = torch.device(self.device).type
         lacks_bfloat16 = kind == 'cuda' and not torch.cuda.is_bf16_supported()
-        return torch.autocast(kind, torch.float16 if lacks_bfloat16 else torch.bfloat16, enabled=self.half)
+        return torch.autocast(kind, torch.float16 if lacks_bfloat16 else torch.bfloat16, enabled=self.amp)
 
 
 def _on_arrays(pipeline: Sequence[dict], packed: bool) -> list[dict]:

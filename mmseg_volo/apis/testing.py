@@ -41,7 +41,7 @@ def test(
     config: str,
     checkpoint: str,
     work_dir: str | None = None,
-    out: str | None = None,
+    out_dir: str | None = None,
     show_dir: str | None = None,
     tta: bool = False,
     compare: str | None = None,
@@ -53,12 +53,12 @@ def test(
 
     Args:
         checkpoint: of a segmentor; it must fit the config's model exactly.
-        out: folder of ``metrics.json``, ``report.html`` and what docs/measuring.md lists; the work dir by default.
+        out_dir: folder for ``metrics.json``, ``report.html`` and the rest (docs/measuring.md); by default the work dir.
         show_dir: folder for one picture per image: image, truth, prediction.
         tta: average over the scales and flips of the config's ``tta_pipeline``.
         compare: ``metrics.json`` of another run on the same images.
         server_format: ``'cityscapes'`` or ``'ade20k'``: instead of measuring, write label maps as that benchmark's
-            server takes them, into a folder of that name in ``out``. Needs no labels.
+            server takes them, into a folder of that name in ``out_dir``. Needs no labels.
 
     Raises:
         UserError: config, data or checkpoint cannot work, or the runs cannot be compared.
@@ -73,7 +73,7 @@ def test(
         _leave_out_labels(cfg)
     check_data(cfg, ('test',))
     set_work_dir(cfg, config, work_dir)
-    folder = make_writable(out or cfg.work_dir)
+    folder = make_writable(out_dir or cfg.work_dir)
     if show_dir:
         cfg.setdefault('custom_hooks', []).append(dict(type='SideBySideHook', out_dir=str(make_writable(show_dir))))
     if tta:
@@ -180,7 +180,7 @@ def _use_server_format(cfg: Config, name: str, folder: Path) -> Path:
         if name == 'ade20k':
             settings.reduce_zero_label = True  # mmseg's writer then counts from 1
     if (folder / name).exists():
-        raise UserError(f'{folder / name} is there already; delete it, or choose another --out')
+        raise UserError(f'{folder / name} is there already; delete it, or choose another --out-dir')
     if name == 'cityscapes' and importlib.util.find_spec('cityscapesscripts') is None:
         raise UserError("--format cityscapes needs its table of ids: pip install 'mmseg-volo[cityscapes]'")
     unfinished = folder / f'.{name}.partial'

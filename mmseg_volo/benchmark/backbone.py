@@ -69,8 +69,8 @@ def benchmark_backbone(
     device: str = 'auto',
     quick: bool = False,
     compiled: bool = False,
-    json_path: str | None = None,
-    segmentors: Sequence[str] = (),
+    out: str | None = None,
+    segmentors: Sequence[str] = ('volo_d4_cityscapes', 'volo_d5_cityscapes'),
 ) -> dict:
     """Print the table of speed and memory for this machine and return it.
 
@@ -80,15 +80,15 @@ def benchmark_backbone(
         device: ``'auto'``, ``'cpu'`` or ``'cuda'``.
         quick: fewer rounds, and on a CPU neither timm in channels_last nor compiled.
         compiled: measure timm under ``torch.compile``, too; minutes on a CPU.
-        json_path: also write the table there.
+        out: JSON file that also gets the tables.
         segmentors: configs whose whole train step is measured where there is a GPU.
 
     Raises:
         UserError: the device is not there, the file cannot be written, or parity failed.
     """
     device = measured_device(device)
-    if json_path is not None and not Path(json_path).resolve().parent.is_dir():
-        raise UserError(f'--json {json_path}: no folder {Path(json_path).resolve().parent}; make it first')
+    if out is not None and not Path(out).resolve().parent.is_dir():
+        raise UserError(f'--out {out}: no folder {Path(out).resolve().parent}; create it first')
     init_default_scope('mmseg')
     env = environment(device)
     print('\n'.join(f'{key}: {value}' for key, value in env.items()) + f'\n{explain()}')
@@ -115,8 +115,8 @@ def benchmark_backbone(
     missed = [row['what'] for name, rows in tables.items() for row in rows if row.get('met') is False]
     print(f'targets missed: {", ".join(missed) or "none"}')
     result = dict(environment=environment(device), tables=tables)
-    if json_path is not None:
-        Path(json_path).write_text(json.dumps(result, indent=2))
+    if out is not None:
+        Path(out).write_text(json.dumps(result, indent=2))
     return result
 
 

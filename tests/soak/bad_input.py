@@ -9,7 +9,6 @@ import argparse
 import ast
 import contextlib
 import gc
-import importlib.util
 import io
 import json
 import multiprocessing
@@ -46,6 +45,7 @@ from tqdm import tqdm
 from mmseg_volo import VOLO
 from mmseg_volo.config import load_config
 from mmseg_volo.datasets.toy_streets import make_toy_streets
+from mmseg_volo_cli import main as run_command
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / 'configs/volo_tiny_toy_streets.py'
@@ -197,7 +197,7 @@ labels_cases = st.tuples(
         max_size=3,
         unique_by=lambda change: change[:2],
     ),
-    st.sampled_from(['check_data'] * 5 + ['train']),
+    st.sampled_from(['check-data'] * 5 + ['train']),
 )
 
 
@@ -257,7 +257,7 @@ def one_option(draw: Callable) -> tuple[str, str]:
 
 
 options_cases = st.tuples(
-    st.sampled_from(['train', 'train', 'check_data', 'infer']), st.lists(one_option(), min_size=1, max_size=3)
+    st.sampled_from(['train', 'train', 'check-data', 'infer']), st.lists(one_option(), min_size=1, max_size=3)
 )
 
 
@@ -288,7 +288,7 @@ default_scope = 'nowhere'
 e = '\\ud800'
 """.splitlines()
 config_files_cases = st.tuples(
-    st.sampled_from(['train', 'check_data', 'infer']),
+    st.sampled_from(['train', 'check-data', 'infer']),
     st.sampled_from(['config.py'] * 9 + ['a b.py', 'é.py', '1.2.py', 'config.json', 'config.yaml', 'config.txt']),
     st.one_of(
         st.tuples(st.just('damage'), damages),
@@ -342,13 +342,13 @@ def checkpoints(case: tuple) -> tuple[str, list]:
 
 TOOLS = {  # arguments that would do, and leave nothing long to do
     'train': [CONFIG, '--work-dir', 'work', '--seed', '0'],
-    'test': [CONFIG, CHECKPOINT, '--out', 'out'],
+    'test': [CONFIG, CHECKPOINT, '--out-dir', 'out'],
     'infer': [CONFIG, CHECKPOINT, 'picture.png', '--opacity', '0.5', '--save', 'labels', '--device', 'cpu'],
-    'check_data': [CONFIG, '--out', 'look.png', '--splits', 'val'],
+    'check-data': [CONFIG, '--out', 'look.png', '--splits', 'val'],
     'plot': ['work', '--out', 'plot.png'],
-    'make_toy_streets': ['toy', '--train', '1', '--val', '1', '--size', '32x32', '--seed', '0'],
-    'profile_step': [CONFIG, '--device', 'tpu'],
-    'benchmark_sliding': [CONFIG, '--device', 'tpu'],
+    'toy-streets': ['toy', '--train', '1', '--val', '1', '--size', '32x32', '--seed', '0'],
+    'profile-step': [CONFIG, '--device', 'tpu'],
+    'benchmark-sliding': [CONFIG, '--device', 'tpu'],
     'benchmark': ['--device', 'tpu'],
     'demo': ['--out-dir', 'file/out'],
 }
@@ -356,9 +356,9 @@ WORDS = ['', '-', '--', '-1', '0', 'nan', 'inf', '1e9', '9' * 25, '0x0', '-1x5',
 WORDS += ['~', '.', '..', '/', '/dev/null', '/proc/x/y', 'file', 'file/out', 'empty', 'nowhere', 'x.png', 'x.jpg']
 WORDS += ['a=b', '=', 'x' * 300, 'labels', 'prob', 'auto', 'cuda:9', 'train', 'pytorch', '[', '**', 'a\nb', '--help']
 WORDS += ['%s', '{}', str(CONFIG)]
-FLAGS = ['--work-dir', '--out', '--out-dir', '--save', '--opacity', '--tta', '--half', '--device', '--resume']
+FLAGS = ['--work-dir', '--out', '--out-dir', '--save', '--opacity', '--tta', '--device', '--resume']
 FLAGS += ['--seed', '--train', '--val', '--size', '--splits', '--show-dir', '--compare', '--format', '--cfg-options']
-FLAGS += ['--amp', '--auto-scale-lr', '--json', '--batch', '--images', '--sizes', '--crop', '--stride']
+FLAGS += ['--amp', '--auto-scale-lr', '--batch', '--images', '--sizes', '--crop', '--stride']
 FLAGS += ['--local_rank']
 edits = st.tuples(
     st.floats(0, 1, exclude_max=True),
@@ -366,7 +366,7 @@ edits = st.tuples(
     st.sampled_from(WORDS + FLAGS),
 )
 commands_cases = st.tuples(st.sampled_from(sorted(TOOLS)), st.lists(edits, max_size=2))
-QUICK = ('profile_step', 'benchmark_sliding', 'benchmark', 'demo')  # once their arguments are wrong
+QUICK = ('profile-step', 'benchmark-sliding', 'benchmark', 'demo')  # once their arguments are wrong
 
 
 def commands(case: tuple) -> tuple[str, list]:
@@ -381,7 +381,7 @@ def commands(case: tuple) -> tuple[str, list]:
             del words[at : at + 1]
         else:
             words.insert(at, words[at] if edit == 'repeat' and words else word)
-    return tool, words + (options() if tool in ('train', 'test', 'infer', 'check_data') else [])
+    return tool, words + (options() if tool in ('train', 'test', 'infer', 'check-data') else [])
 
 
 DOORS = {  # how many draws of BATCH cases --short makes
@@ -397,24 +397,14 @@ DOORS = {  # how many draws of BATCH cases --short makes
 # One case, and many.
 
 
-@cache
-def main_of(tool: str) -> Callable[[], None]:
-    """main() of tools/<tool>.py."""
-    spec = importlib.util.spec_from_file_location(f'tools_{tool}', ROOT / f'tools/{tool}.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
 def complaint(door: Callable, case: tuple) -> tuple[str, int]:
     """What ended badly, ``'fine'`` or ``'refused: ...'``, and the number of warnings; in this process's folder."""
     tool, arguments = door(case)
     inputs = set(Path('.').rglob('*'))
-    sys.argv = [f'{tool}.py', *map(str, arguments)]
     status, printed = 0, io.TextIOWrapper(io.BytesIO(), encoding='utf-8')
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         try:
-            main_of(tool)()
+            status = run_command(tool, list(map(str, arguments)))
         except SystemExit as end:
             status = end.code or 0
         except BaseException as error:
@@ -422,13 +412,13 @@ def complaint(door: Callable, case: tuple) -> tuple[str, int]:
             return f'traceback: {type(error).__name__}: {str(error)[:300]} ({where.filename}:{where.lineno})', 0
     printed.seek(0)
     lines = printed.read().splitlines()
-    errors = [line for line in lines if line.startswith(('error: ', f'{tool}.py: error: '))]
+    errors = [line for line in lines if line.startswith('error: ')]
     warnings = sum(line.startswith('warning: ') for line in lines)
     if any(line.startswith('Traceback ') for line in lines):
         return f'traceback printed: {lines[-1]}', warnings
     if status == 2 and len(errors) != 1 or status not in (0, 1, 2):
         return f'status {status} without one sentence: {lines[-3:]}', warnings
-    if status == 1 and tool not in ('infer', 'check_data'):
+    if status == 1 and tool not in ('infer', 'check-data'):
         return f'status 1 of {tool}', warnings
     for path in sorted(set(Path('.').rglob('*')) - inputs):
         if '.partial' in path.name or path.name.startswith('.probe'):
@@ -547,8 +537,6 @@ def main() -> None:
         mock.patch('yapf.yapflib.yapf_api.FormatCode', plain),
     ):
         prepare(Path(folder))
-        for tool in TOOLS:
-            main_of(tool)
         keys()
         gc.collect()
         gc.freeze()  # mmengine collects garbage for each data set: of one case alone

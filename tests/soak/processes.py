@@ -20,7 +20,7 @@ from mmseg_volo.checkpoints.reading import read_checkpoint
 from mmseg_volo.config import SPLITS
 
 ROOT = Path(__file__).parents[2]
-IN_FLOAT64, TRAIN, TEST = ROOT / 'tests/soak/float64.py', ROOT / 'tools/train.py', ROOT / 'tools/test.py'
+IN_FLOAT64 = ROOT / 'tests/soak/float64.py'
 STEPS, FIRST_SAVED, BATCH = 5, 2, 4
 DIFFERENCE, SECONDS_TO_END, PATIENCE = 1e-10, 60, 600
 OPTIONS = [
@@ -58,7 +58,7 @@ def training(processes: int, work_dir: str, steps: int = STEPS, save_every: int 
 def measuring(processes: int, out: str) -> list[str]:
     """Arguments of tools/test.py."""
     launcher = ['--launcher', 'pytorch'] if processes > 1 else []
-    return [CONFIG, f'one/iter_{STEPS}.pth', '--out', out, *launcher, '--cfg-options', *OPTIONS]
+    return [CONFIG, f'one/iter_{STEPS}.pth', '--out-dir', out, *launcher, '--cfg-options', *OPTIONS]
 
 
 def start(folder: Path, log: str, *command: object, **environment: str) -> subprocess.Popen:
@@ -114,7 +114,7 @@ def process_of_rank(rank: int, launcher: subprocess.Popen) -> int | None:
 def two_nodes_equal_one_process(folder: Path, report: Report) -> None:
     """Weights after some steps, validation, and the test of one checkpoint."""
     one = start(
-        folder, 'one', IN_FLOAT64, TRAIN, *training(1, 'one', save_every=1), '+', TEST, *measuring(1, 'measured1')
+        folder, 'one', IN_FLOAT64, 'train', *training(1, 'one', save_every=1), '+', 'test', *measuring(1, 'measured1')
     )
     finish(folder, one=one)
     rendezvous = f'127.0.0.1:{free_port()}'
@@ -124,7 +124,7 @@ def two_nodes_equal_one_process(folder: Path, report: Report) -> None:
             f'node{i}',
             *torchrun('--nnodes', '2', '--node-rank', str(i), '--nproc-per-node', '1', '--rdzv-id', 'soak'),
             *('--rdzv-backend', 'c10d', '--rdzv-endpoint', rendezvous),
-            *(IN_FLOAT64, TRAIN, *training(2, 'two'), '+', TEST, *measuring(2, 'measured2')),
+            *(IN_FLOAT64, 'train', *training(2, 'two'), '+', 'test', *measuring(2, 'measured2')),
         )
         for i in range(2)
     }
@@ -155,7 +155,7 @@ def a_dead_process_is_replaced_and_then_ends_the_run(folder: Path, report: Repor
         folder,
         'elastic',
         *torchrun('--standalone', '--nproc-per-node', '2', '--max-restarts', '1'),
-        *(IN_FLOAT64, TRAIN, *training(2, 'elastic_work', steps=1000, save_every=1), '--resume'),
+        *(IN_FLOAT64, 'train', *training(2, 'elastic_work', steps=1000, save_every=1), '--resume'),
         TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1',
     )
     saved, log = folder / 'elastic_work', folder / 'elastic.log'
@@ -181,7 +181,7 @@ def a_dead_process_is_replaced_and_then_ends_the_run(folder: Path, report: Repor
     cause = output.rpartition('Root Cause')[2]
     named = 'rank      : 1' in cause and 'SIGKILL' in cause
     report.row('    rank and reason', 'rank 1, SIGKILL' if named else 'not named', 'named', named)
-    ours = output.count('tools/train.py", line')
+    ours = output.count('mmseg_volo_cli.py", line')
     report.row('    tracebacks of ours', ours, 0, ours == 0)
 
 
@@ -193,9 +193,9 @@ def shares_equal_the_whole(folder: Path, report: Report) -> None:
         folder,
         'sharded',
         *torchrun('--standalone', '--nproc-per-node', '2'),
-        *(IN_FLOAT64, TRAIN, *parts[0], *sharded),
-        *('+', TRAIN, *parts[1], '--resume'),
-        *('+', TRAIN, *parts[2], *sharded, '--resume'),
+        *(IN_FLOAT64, 'train', *parts[0], *sharded),
+        *('+', 'train', *parts[1], '--resume'),
+        *('+', 'train', *parts[2], *sharded, '--resume'),
     )
     finish(folder, sharded=run)
     what = f'FSDP2 with activation checkpointing, plain, FSDP2 again, {STEPS} steps'
@@ -210,7 +210,7 @@ def slurm_equals_torchrun(folder: Path, report: Report) -> None:
     arguments = ['slurm' if word == 'pytorch' else word for word in training(2, 'slurm_work')]
     tasks = {
         f'task{i}': start(
-            folder, f'task{i}', IN_FLOAT64, TRAIN, *arguments, SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **variables
+            folder, f'task{i}', IN_FLOAT64, 'train', *arguments, SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **variables
         )
         for i in range(2)
     }
@@ -238,7 +238,7 @@ def a_mistake_is_one_sentence(folder: Path, report: Report) -> None:
             folder,
             'mistake',
             *torchrun('--standalone', '--nproc-per-node', '2'),
-            *(TRAIN, *training(2, 'mistaken'), *mistake),
+            *(ROOT / 'tools/train.py', *training(2, 'mistaken'), *mistake),
         )
         status = run.wait(PATIENCE)
         log = (folder / 'mistake.log').read_text()

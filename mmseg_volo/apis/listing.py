@@ -1,0 +1,82 @@
+"""Tables of the configs and of the backbones that come with the package."""
+
+import warnings
+from fnmatch import fnmatch
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmseg.registry import MODELS
+from prettytable import PrettyTable
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from ..config import data_sets, shipped_configs
+from ..errors import UserError
+from ..models import ARCHITECTURES, VOLO
+
+
+def list_configs(pattern: str = '*') -> None:
+    """Print name, backbone, head, data set and number of parameters of each shipped config.
+
+    Args:
+        pattern: a shell pattern, or a part of the name.
+
+    Raises:
+        UserError: no name matches.
+    """
+    chosen = {
+        name: path for name, path in sorted(shipped_configs().items()) if fnmatch(name, pattern) or pattern in name
+    }
+    if not chosen:
+        raise UserError(f'no shipped config matches {pattern!r}; mmseg-volo configs lists all of them')
+    table = PrettyTable(['name', 'backbone', 'head', 'data set', 'parameters, M'], align='l')
+    table.align['parameters, M'] = 'r'
+    init_default_scope('mmseg')
+    for name, path in tqdm(chosen.items(), desc='configs', leave=False, disable=None):
+        cfg = Config.fromfile(path)
+        backbone, head = cfg.model.backbone, cfg.model.decode_head
+        dataset = _name(data_sets(cfg.train_dataloader.dataset)[0].type).removesuffix('Dataset')
+        parameters = sum(p.numel() for p in _built(cfg.model).parameters()) / 1e6
+        variant = backbone.get('arch') or backbone.get('model_name') or ''
+        row = [f'{_name(backbone.type)} {variant}'.strip(), _name(head.type), dataset]
+        table.add_row([name, *row, f'{parameters:.1f}'])
+    print(table)
+
+
+def list_models() -> None:
+    """Print a Markdown table of the backbones: sizes, parameters and multiply-adds counted by PyTorch."""
+    print('| arch | blocks | widths | heads | parameters, M | GMACs at 512² | GMACs at 1024² | strides |')
+    print('|---|---|---|---|---|---|---|---|')
+    for arch, settings in ARCHITECTURES.items():
+        with torch.device('meta'):
+            model = VOLO(arch)
+        sizes = [', '.join(map(str, settings[key])) for key in ('layers', 'embed_dims', 'num_heads')]
+        parameters = sum(p.numel() for p in model.parameters()) / 1e6
+        print(
+            f'| {arch} | {" | ".join(sizes)} | {parameters:.2f} | {_gmacs(arch, 512):.1f} | {_gmacs(arch, 1024):.0f} '
+            f'| {", ".join(map(str, model.out_strides))} |'
+        )
+
+
+def _gmacs(arch: str, size: int) -> float:
+    """Multiply-adds of one forward pass for a ``size`` x ``size`` image, in billions."""
+    with torch.device('meta'), FlopCounterMode(display=False) as counter, torch.no_grad():
+        VOLO(arch, img_size=size).eval()(torch.empty(1, 3, size, size))
+    return counter.get_total_flops() / 2e9
+
+
+def _built(settings: dict) -> nn.Module:
+    """The model, without memory for its weights where its code allows that."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # from mmseg's losses
+        try:
+            with torch.device('meta'):
+                return MODELS.build(settings)
+        except RuntimeError:  # mmseg's Swin reads numbers from tensors
+            return MODELS.build(settings)
+
+
+def _name(kind: str | type) -> str:
+    return kind if isinstance(kind, str) else kind.__name__
