@@ -109,7 +109,7 @@ def _check_kinds(settings: Config | dict, kinds: dict) -> None:
             raise UserError(f'invalid config: {key} must be of type {getattr(kind, "__name__", kind)}, got {value!r}')
 
 
-def _check_steps(pipeline: list) -> None:
+def _check_steps(pipeline: list | tuple) -> None:
     """Raise ``UserError`` unless each step is a dict with a type; TestTimeAug nests lists of steps."""
     if not isinstance(pipeline, list | tuple):
         raise UserError(f'invalid config: a pipeline must be a list, got {pipeline!r}')

@@ -37,7 +37,7 @@ def list_configs(pattern: str = '*') -> None:
     for name, path in tqdm(chosen.items(), desc='configs', leave=False, disable=None):
         cfg = Config.fromfile(path)
         backbone, head = cfg.model.backbone, cfg.model.decode_head
-        dataset = _name(data_sets(cfg.train_dataloader.dataset)[0].type).removesuffix('Dataset')
+        dataset = _name(data_sets(cfg.train_dataloader.dataset)[0]['type']).removesuffix('Dataset')
         parameters = sum(p.numel() for p in _built(cfg.model).parameters()) / 1e6
         variant = backbone.get('arch') or backbone.get('model_name') or ''
         row = [f'{_name(backbone.type)} {variant}'.strip(), _name(head.type), dataset]
