@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -16,6 +17,7 @@ from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 from PIL import Image
 
+from mmseg_volo import ARCHITECTURES, VOLO, StreamSampler
 from mmseg_volo.apis.inference import infer
 from mmseg_volo.apis.plotting import plot
 from mmseg_volo.benchmark.sliding import benchmark_sliding
@@ -122,6 +124,48 @@ def test_labels_without_a_folder_are_missed_before_they_are_read(place):
 def test_a_defect_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError), one_sentence_errors():
         print(1 / 0)
+
+
+def test_a_defect_of_ours_keeps_its_traceback_where_mmengine_builds(monkeypatch):
+    init_default_scope('mmseg')
+    # The tail of a module of ours with a mistake in it: a call of a method that does not exist.
+    code = compile('def _freeze(self):\n    self.frozen_module()', str(ROOT / 'mmseg_volo/models/volo.py'), 'exec')
+    exec(code, planted := {})
+    monkeypatch.setattr(VOLO, '_freeze', planted['_freeze'])
+    with pytest.raises(AttributeError, match='frozen_module'), one_sentence_errors():
+        MODELS.build(dict(type='VOLO', arch='tiny'))
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'model.backbone.depth': 3}, "VOLO: TypeError: .*unexpected keyword argument 'depth'"),
+        ({'model.backbone.img_size': 'abc'}, "img_size must be a side or .*, got 'abc'"),
+        ({'model.backbone.img_size': [1, 2, 3]}, r'img_size must be a side or .*, got \[1, 2, 3\]'),
+        ({'model.backbone.drop_path_rate': 'abc'}, "drop_path_rate must be a number from 0 to 1, got 'abc'"),
+        ({'model.backbone.attn_drop_rate': float('nan')}, 'attn_drop_rate must be a number from 0 to 1, got nan'),
+        ({'model.backbone.out_indices': 3}, 'out_indices must be ascending numbers from 0 to 3, got 3'),
+        ({'model.backbone.arch': 3}, 'an arch dict must have exactly the keys .*, got 3'),
+        ({'model.test_cfg': 'whole'}, "test_cfg must be a dict, got 'whole'"),
+        (
+            {'model.test_cfg': dict(mode='slide', crop_size=64, stride=(32, 32))},
+            'stride must lie between .* and crop_size 64, got',
+        ),
+    ],
+)
+def test_a_mistake_in_the_config_of_our_classes_is_one_sentence(options, message, capsys):
+    init_default_scope('mmseg')
+    assert re.search(message, sentence(lambda: MODELS.build(load_config(CONFIG, options).model), capsys))
+
+
+@pytest.mark.parametrize('changes', [dict(layers=(1, 1)), dict(layers=3), dict(embed_dims='ab'), dict(mlp_ratio=[3])])
+def test_a_custom_architecture_that_cannot_be_is_one_sentence(changes, capsys):
+    assert 'got ' in sentence(lambda: VOLO({**ARCHITECTURES['tiny'], **changes}), capsys)
+
+
+def test_a_seed_that_cannot_be_is_one_sentence():
+    with pytest.raises(UserError, match="the seed must be an integer from 0 to .*, got 'abc'"):
+        StreamSampler(range(3), seed='abc')
 
 
 # Paths and numbers

@@ -1,8 +1,10 @@
 """Several processes, on a CPU: they give what one gives."""
 
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,10 @@ from mmengine.config import Config
 from mmengine.model import convert_sync_batchnorm
 from mmengine.registry import RUNNERS
 from torch import Tensor, nn
-from torch.multiprocessing import start_processes
 
 from mmseg_volo.engine.distributed import join_processes
 from mmseg_volo.engine.parallel import CPUDataParallel
+from mmseg_volo.error_messages import one_sentence_errors
 from mmseg_volo.errors import UserError
 from mmseg_volo.ops import outlook_attention
 
@@ -65,8 +67,9 @@ def results(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {**gradients, **dict(model.named_buffers()), 'output': output}
 
 
-def one_of_two(rank: int, folder: Path) -> None:
+def one_of_two(folder: Path) -> None:
     torch.set_num_threads(1)
+    rank = int(os.environ['RANK'])
     dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
     model = CPUDataParallel(convert_sync_batchnorm(Outlook()), broadcast_buffers=False)
     x = images().split(SHARES)[rank].requires_grad_()
@@ -75,11 +78,34 @@ def one_of_two(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+def run_two(function: Callable[[Path], None], folder: Path) -> list[tuple[int, str]]:
+    """Status and stderr of two fresh processes, which cannot wait for a lock that pytest's threads held in a fork."""
+    call = f'import test_distributed as t; from pathlib import Path; t.{function.__name__}(Path({str(folder)!r}))'
+    paths = os.pathsep.join([str(ROOT), str(ROOT / 'tests')])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, '-W', 'ignore', '-c', call],
+            env={**os.environ, 'PYTHONPATH': paths, 'RANK': str(rank), 'OMP_NUM_THREADS': '1'},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=300)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
+
+
 @pytest.fixture(scope='module')
 def two(tmp_path_factory) -> list[dict[str, Tensor]]:
     """What each of two processes has after a step around the operator, with unequal shares of the batch."""
     folder = tmp_path_factory.mktemp('two')
-    start_processes(one_of_two, (folder,), nprocs=2, start_method='fork')
+    for status, said in run_two(one_of_two, folder):
+        assert status == 0, said
     return [torch.load(folder / f'{rank}.pth') for rank in range(2)]
 
 
@@ -164,3 +190,82 @@ def test_a_mistake_that_all_processes_make_is_said_once(tmp_path):
     assert done.returncode != 0
     assert done.stderr.count('error: config not found: nowhere.py') == 1
     assert 'mmseg_volo_cli.py", line' not in done.stderr
+
+
+# As torch 2.11 raised them when a process was killed or asleep, and NCCL's as in its documentation.
+@pytest.mark.parametrize(
+    ('kind', 'message'),
+    [
+        (RuntimeError, '[gloo/transport/tcp/pair.cc:538] Read error [127.0.0.1]:59054: Connection reset by peer'),
+        (RuntimeError, '[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:16800'),
+        (RuntimeError, '[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 4000ms for recv operation'),
+        (dist.DistStoreError, 'wait timeout after 2000ms, keys: /x'),
+        (dist.DistNetworkError, 'Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server ...'),
+        (
+            dist.DistBackendError,
+            'NCCL error in: NCCLUtils.cpp:94, remote process exited or there was a network error, NCCL version 2.26.2\n'
+            'ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.',
+        ),
+    ],
+)
+def test_a_lost_peer_is_one_sentence_that_quotes_the_first_line(kind, message, capsys, monkeypatch):
+    monkeypatch.setattr('time.sleep', lambda seconds: None)
+    with pytest.raises(SystemExit) as end, one_sentence_errors():
+        raise kind(message)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.startswith('error: another process of this run ended or stopped answering')
+    assert said.endswith(f'({message.splitlines()[0]})\n')
+
+
+@pytest.mark.parametrize(
+    ('kind', 'message', 'reason'),
+    [
+        (
+            dist.DistBackendError,
+            'NCCL error in: ProcessGroupNCCL.cpp:3356, invalid usage (run with NCCL_DEBUG=WARN for details)\n'
+            'ncclInvalidUsage: This usually reflects invalid usage of NCCL library.\nLast error:\n'
+            'Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 1000\n'
+            'Exception raised from create at NCCLUtils.hpp:268 (most recent call first):\nframe #0: c10::Error',
+            'Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 1000 (MMSEG_VOLO_TRACEBACK=1',
+        ),
+        (
+            dist.DistNetworkError,
+            'The server socket has failed to listen on any local network address. port: 29500, useIpv6: false, '
+            'code: -98, name: EADDRINUSE, message: address already in use',
+            'address already in use',
+        ),
+        (
+            dist.DistStoreError,
+            'Timed out after 3 seconds waiting for clients. 1/2 clients joined.',
+            '1/2 clients joined',
+        ),
+    ],
+)
+def test_any_other_failure_of_torch_distributed_keeps_its_reason(kind, message, reason, capsys):
+    with pytest.raises(SystemExit) as end, one_sentence_errors():
+        raise kind(message)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.startswith(f'error: torch.distributed failed: {kind.__name__}: ')
+    assert reason in said and said.count('\n') == 1 and 'frame #0' not in said
+
+
+def test_a_defect_that_gloo_meets_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match='op.preamble.length'), one_sentence_errors():
+        raise RuntimeError('[gloo/transport/tcp/pair.cc:446] op.preamble.length <= op.nbytes. 40 vs 4')
+
+
+def leave_one(folder: Path) -> None:
+    """One of two processes; the other one ends before they meet a second time."""
+    rank = int(os.environ['RANK'])
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    dist.all_reduce(torch.ones(1))
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with one_sentence_errors():
+        dist.all_reduce(torch.ones(10**6))
+
+
+def test_a_process_whose_peer_is_killed_says_so(tmp_path):
+    status, said = run_two(leave_one, tmp_path)[0]
+    assert status == 2 and said.count('error: another process of this run ended') == 1, said
+    assert 'by peer' in said and 'Traceback' not in said

@@ -18,6 +18,8 @@ from mmengine.runner import Runner
 from mmseg.registry import DATA_SAMPLERS, HOOKS, TRANSFORMS
 from torch.utils.data import Sampler, get_worker_info
 
+from ..errors import UserError
+
 SAMPLE, ITERATION = 0, 1  # streams that must not draw the same numbers
 MAX_WORKERS, PATH_BYTES = 64, 4096
 
@@ -47,6 +49,8 @@ class StreamSampler(Sampler):
     """
 
     def __init__(self, dataset: Sized, seed: int | None = None):
+        if seed is not None and not (type(seed) is int and 0 <= seed < 2**63):
+            raise UserError(f'the seed must be an integer from 0 to 2**63 - 1, got {seed!r}')
         self.size = len(dataset)
         self.seed = sync_random_seed() if seed is None else seed
         self.rank, self.world_size = get_dist_info()

@@ -1,6 +1,6 @@
 """Segmentor that tests images of any size in memory that does not grow with their area."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from mmseg.structures import SegDataSample
 from torch import Tensor
 
 from ..errors import UserError
+from .volo import are_positive
 
 ROWS = 64  # of the label map, made at a time
 WINDOWS_ON_A_GPU, WINDOWS_ON_A_CPU = 8, 1  # in a batch; a CPU is busy with one
@@ -33,13 +34,16 @@ class SlidingSegmentor(EncoderDecoder):
 
     def __init__(self, *args, test_cfg: dict, data_preprocessor: dict, **kwargs):
         super().__init__(*args, test_cfg=test_cfg, data_preprocessor=data_preprocessor, **kwargs)
+        if not isinstance(self.test_cfg, Mapping):
+            raise UserError(f'test_cfg must be a dict, got {self.test_cfg!r}')
         weighting = self.test_cfg.get('weighting', 'uniform')
         if weighting not in ('uniform', 'hann'):
             raise UserError(f"test_cfg.weighting must be 'uniform' or 'hann', got {weighting!r}")
         if self.test_cfg.mode == 'slide':
             crop, stride = self.test_cfg.crop_size, self.test_cfg.stride
-            if any(not 0 < s <= c for s, c in zip(stride, crop, strict=True)):
-                raise UserError(f'test_cfg.stride must lie between 1 and crop_size {tuple(crop)}, got {tuple(stride)}')
+            sizes = are_positive(crop, 2) and are_positive(stride, 2)
+            if not sizes or any(s > c for s, c in zip(stride, crop, strict=True)):
+                raise UserError(f'test_cfg.stride must lie between (1, 1) and crop_size {crop!r}, got {stride!r}')
         if self.data_preprocessor.test_cfg:
             raise UserError('data_preprocessor.test_cfg pads images, which VOLO does by itself; leave it out')
         self.window_batch = self.test_cfg.get('batch_size')

@@ -210,12 +210,20 @@ class VOLO(BaseModule):
         layers, heads, mlp_ratio = row['layers'], row['num_heads'], row['mlp_ratio']
         widths = (row['embed_dims'][0], *(row['embed_dims'][1],) * 3)
 
+        if not are_positive((img_size, img_size) if isinstance(img_size, int) else img_size, 2):
+            raise UserError(f'img_size must be a side or (height, width) in pixels, got {img_size!r}')
+        for name, rate in dict(
+            drop_path_rate=drop_path_rate, drop_rate=drop_rate, attn_drop_rate=attn_drop_rate
+        ).items():
+            if not isinstance(rate, int | float) or not 0 <= rate <= 1:
+                raise UserError(f'{name} must be a number from 0 to 1, got {rate!r}')
         if (
-            not out_indices
+            not isinstance(out_indices, Sequence)
+            or not out_indices
             or any(i not in range(4) for i in out_indices)
             or list(out_indices) != sorted(set(out_indices))
         ):
-            raise UserError(f'out_indices must be ascending numbers from 0 to 3, got {tuple(out_indices)}')
+            raise UserError(f'out_indices must be ascending numbers from 0 to 3, got {out_indices!r}')
         if frozen_stages not in range(-1, 5):
             raise UserError(f'frozen_stages must lie between -1 and 4, got {frozen_stages}')
         self.out_indices = tuple(out_indices)
@@ -341,13 +349,22 @@ def architecture(arch: str | Mapping) -> Mapping:
             raise UserError(f'arch must be one of {sorted(ARCHITECTURES)} or a dict, got {arch!r}')
         return ARCHITECTURES[arch]
     keys = set(ARCHITECTURES['d1'])
-    if set(arch) != keys:
-        raise UserError(f'an arch dict must have exactly the keys {sorted(keys)}, got {sorted(arch)}')
-    if len(arch['layers']) != 4 or len(arch['embed_dims']) != 2 or len(arch['num_heads']) != 2:
-        raise UserError(f'an arch dict needs 4 layers, 2 embed_dims and 2 num_heads, got {dict(arch)}')
+    if not isinstance(arch, Mapping) or set(arch) != keys:
+        raise UserError(f'an arch dict must have exactly the keys {sorted(keys)}, got {arch!r}')
+    if not all(are_positive(arch[key], count) for key, count in dict(layers=4, embed_dims=2, num_heads=2).items()):
+        raise UserError(f'an arch dict needs 4 layers, 2 embed_dims and 2 num_heads, each at least 1, got {dict(arch)}')
+    if not isinstance(arch['mlp_ratio'], int | float) or not 0 < arch['mlp_ratio'] < float('inf'):
+        raise UserError(f'mlp_ratio must be a number above 0, got {arch["mlp_ratio"]!r}')
     if any(dim % heads for dim, heads in zip(arch['embed_dims'], arch['num_heads'], strict=True)):
         raise UserError(f'embed_dims must be multiples of num_heads, got {arch["embed_dims"]} and {arch["num_heads"]}')
     return arch
+
+
+def are_positive(values: object, count: int) -> bool:
+    """Whether ``values`` is a sequence of ``count`` integers from 1 to 65536."""
+    if not isinstance(values, Sequence) or len(values) != count:
+        return False
+    return all(type(value) is int and 0 < value <= 2**16 for value in values)
 
 
 class _RunningStatisticsKept(AbstractContextManager):
