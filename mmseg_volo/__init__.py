@@ -19,7 +19,7 @@ from .engine import (  # noqa: E402
     VOLOLayerDecayConstructor,
 )
 from .evaluation import SegmentationMetric  # noqa: E402
-from .models import ARCHITECTURES, VOLO, SlidingSegmentor, SlidingTTAModel  # noqa: E402
+from .models import ARCHITECTURES, VOLO, SlidingCascadeSegmentor, SlidingSegmentor, SlidingTTAModel  # noqa: E402
 
 use_safe_loader()  # from here on mmengine reads checkpoints without running code in them
 
@@ -35,6 +35,7 @@ __all__ = [
     'OneClassWarningHook',
     'SegmentationMetric',
     'SideBySideHook',
+    'SlidingCascadeSegmentor',
     'SlidingSegmentor',
     'SlidingTTAModel',
     'StreamSampler',

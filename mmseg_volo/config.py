@@ -16,15 +16,14 @@ SPLITS = ('train', 'val', 'test')
 KINDS = {
     'model': dict,
     'model.backbone': dict,
-    'model.decode_head': dict,
-    'model.decode_head.type': str | type,
-    'model.decode_head.num_classes': int,
+    'model.decode_head': dict | list,
     'optim_wrapper': dict | None,
     'auto_scale_lr': dict | None,
     'custom_hooks': list | None,
     'tta_model': dict | None,
     'work_dir': str | None,
 }
+HEAD_KINDS = {'type': str | type, 'num_classes': int}
 LOADER_KINDS = {'dataset': dict, 'batch_size': int, 'sampler': dict}
 DATA_SET_KINDS = {'data_root': str | None, 'data_prefix': dict}
 
@@ -88,6 +87,7 @@ def load_config(path: str, options: dict) -> Config:
     except Exception as error:  # mmengine raises what comes its way
         raise UserError(f'{", ".join(options)} cannot be set in {path}: {type(error).__name__}: {error}') from None
     _check_kinds(cfg, KINDS)
+    _check_heads(cfg)
     for loader in (f'{split}_dataloader' for split in SPLITS):
         if cfg.get(loader) is not None:
             _check_kinds(cfg, {loader: dict} | {f'{loader}.{key}': kind for key, kind in LOADER_KINDS.items()})
@@ -100,13 +100,36 @@ def load_config(path: str, options: dict) -> Config:
     return cfg
 
 
-def _check_kinds(settings: Config | dict, kinds: dict) -> None:
+def decode_heads(cfg: Config) -> list[dict]:
+    """Decode heads in the order in which they run: one, or the stages of a cascade such as OCRNet or PointRend."""
+    head = cfg.model.decode_head
+    return [head] if isinstance(head, dict) else list(head)
+
+
+def _check_heads(cfg: Config) -> None:
+    heads = decode_heads(cfg)
+    if not heads:
+        raise UserError('invalid config: model.decode_head must not be empty')
+    cascade = isinstance(cfg.model.decode_head, list)
+    for i, head in enumerate(heads):
+        name = f'model.decode_head.{i}' if cascade else 'model.decode_head'
+        if not isinstance(head, dict):
+            raise UserError(f'invalid config: {name} must be of type dict, got {head!r}')
+        _check_kinds(head, HEAD_KINDS, f'{name}.')
+    classes = [head['num_classes'] for head in heads]
+    if len(set(classes)) > 1:
+        raise UserError(f'invalid config: the heads in model.decode_head must have one num_classes, got {classes}')
+
+
+def _check_kinds(settings: Config | dict, kinds: dict, prefix: str = '') -> None:
     for key, kind in kinds.items():
         value = settings
         for name in key.split('.'):
             value = value.get(name)
         if not isinstance(value, kind):
-            raise UserError(f'invalid config: {key} must be of type {getattr(kind, "__name__", kind)}, got {value!r}')
+            raise UserError(
+                f'invalid config: {prefix}{key} must be of type {getattr(kind, "__name__", kind)}, got {value!r}'
+            )
 
 
 def _check_steps(pipeline: list | tuple) -> None:

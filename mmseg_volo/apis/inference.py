@@ -25,6 +25,7 @@ from .._files import whole
 from ..config import data_sets, load_config, make_writable
 from ..errors import UserError
 from ..models.pretrained import load_segmentor
+from ..models.segmentor import last_head
 from ..visualization import label_png, overlay, save_whole, with_legend
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
@@ -197,7 +198,7 @@ class _Predictor:
                 logits = self._test(image).seg_logits.data.float().cpu()
         if self.model.out_channels == 1:
             prob = logits.sigmoid()
-            return (prob[0] > self.model.decode_head.threshold).byte().numpy(), prob.half().numpy()
+            return (prob[0] > last_head(self.model).threshold).byte().numpy(), prob.half().numpy()
         prob = torch.empty(logits.shape, dtype=torch.half)
         for to, rows in zip(prob.split(ROWS, 1), logits.split(ROWS, 1), strict=True):  # never all of it in float32
             to.copy_(rows.softmax(0))

@@ -14,7 +14,7 @@ from mmengine.runner import Runner
 from ..checkpoints.download import local_copy
 from ..checkpoints.hook import DurableCheckpointHook, StoppedBySignal, newest_whole_checkpoint
 from ..checkpoints.reading import read_checkpoint
-from ..config import load_config, set_work_dir
+from ..config import decode_heads, load_config, set_work_dir
 from ..datasets.checks import check_data
 from ..engine.distributed import join_processes
 from ..engine.reproducible import BeginSample
@@ -54,7 +54,7 @@ def train(
             raise UserError(f'--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in {config}')
         cfg.auto_scale_lr.enable = True
     _check_batch(cfg)
-    check_data(cfg, ('train', 'val'))
+    check_data(cfg, ('train', 'val') if cfg.get('val_dataloader') else ('train',))
     set_work_dir(cfg, config, work_dir)
     cfg.resume = resume is not None
     kept_seed = _find_start(cfg, resume)
@@ -147,12 +147,12 @@ def _enable_amp(cfg: Config) -> None:
 
 
 def _check_batch(cfg: Config) -> None:
-    head = cfg.model.decode_head
-    pools_to_one_pixel = head.type in ('UPerHead', 'PSPHead') and 1 in head.get('pool_scales', (1,))
-    normalises_batches = (head.get('norm_cfg') or {}).get('type') in ('BN', 'SyncBN', 'BN2d')
-    synced = cfg.launcher != 'none' and cfg.get('sync_bn')
-    if cfg.train_dataloader.batch_size == 1 and pools_to_one_pixel and normalises_batches and not synced:
-        raise UserError(
-            f'train_dataloader.batch_size=1 cannot train {head.type}: BatchNorm sees one pixel per channel in its '
-            'pyramid pooling; use 2 or more, or --cfg-options model.decode_head.norm_cfg.type=LN2d'
-        )
+    if cfg.train_dataloader.batch_size != 1 or (cfg.launcher != 'none' and cfg.get('sync_bn')):
+        return
+    for head in decode_heads(cfg):
+        pools_to_one_pixel = head.type in ('UPerHead', 'PSPHead') and 1 in head.get('pool_scales', (1,))
+        if pools_to_one_pixel and (head.get('norm_cfg') or {}).get('type') in ('BN', 'SyncBN', 'BN2d'):
+            raise UserError(
+                f'train_dataloader.batch_size=1 cannot train {head.type}: BatchNorm sees one pixel per channel in its '
+                'pyramid pooling; use 2 or more, or --cfg-options model.decode_head.norm_cfg.type=LN2d'
+            )

@@ -28,7 +28,7 @@ def build_segmentor(config: str, device: str, cfg_options: dict | None = None) -
 def random_batch(cfg: Config, model: nn.Module, batch: int, device: str) -> tuple[Tensor, list[SegDataSample]]:
     """Images ``[batch, 3, H, W]`` of the config's crop size, and labels."""
     height, width = cfg.crop_size
-    labels = torch.randint(model.decode_head.num_classes, (batch, 1, height, width), device=device)
+    labels = torch.randint(model.num_classes, (batch, 1, height, width), device=device)
     samples = [SegDataSample(gt_sem_seg=PixelData(data=one)) for one in labels]
     return torch.randn(batch, 3, height, width, device=device), samples
 

@@ -49,9 +49,13 @@ def profile_step(
     maps = parts.measure('backbone', model.backbone, x, model.backbone)
     if model.with_neck:
         maps = parts.measure('neck', model.neck, maps, model.neck)
+    if isinstance(model.decode_head, nn.ModuleList):
+        raise UserError(f'{config} has a cascade of decode heads, which profile-step cannot take apart')
     heads = {'decode head': model.decode_head}
     if model.with_auxiliary_head:
-        heads['auxiliary head'] = model.auxiliary_head
+        several = isinstance(model.auxiliary_head, nn.ModuleList)
+        auxiliary = model.auxiliary_head if several else [model.auxiliary_head]
+        heads |= {f'auxiliary head {i}' if several else 'auxiliary head': head for i, head in enumerate(auxiliary)}
     for name, head in heads.items():
         logits = parts.measure(name, head, maps, head)
 

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from prettytable import PrettyTable
 from tqdm import tqdm
 
-from ..config import SPLITS, data_sets, load_config, picture_path, set_work_dir
+from ..config import SPLITS, data_sets, decode_heads, load_config, picture_path, set_work_dir
 from ..errors import UserError
 from ..visualization import overlay, save_whole, side_by_side, with_legend
 
@@ -332,7 +332,7 @@ def _open(cfg: Config, split: str) -> list[_DataSet]:
     for settings in data_sets(cfg[f'{split}_dataloader'].dataset):
         if settings not in once:
             once.append(settings)
-    return [_DataSet(settings, split, cfg.model.decode_head.num_classes) for settings in once]
+    return [_DataSet(settings, split, decode_heads(cfg)[-1].num_classes) for settings in once]
 
 
 def _in_threads(look: Callable, items: Sequence, title: str) -> Iterator:

@@ -1,6 +1,6 @@
 """VOLO, its weights and what stands between it and a decode head."""
 
-from .segmentor import SlidingSegmentor, SlidingTTAModel
+from .segmentor import SlidingCascadeSegmentor, SlidingSegmentor, SlidingTTAModel
 from .volo import ARCHITECTURES, VOLO
 
-__all__ = ['ARCHITECTURES', 'VOLO', 'SlidingSegmentor', 'SlidingTTAModel']
+__all__ = ['ARCHITECTURES', 'VOLO', 'SlidingCascadeSegmentor', 'SlidingSegmentor', 'SlidingTTAModel']

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from mmengine.logging import print_log
 from mmengine.structures import PixelData
-from mmseg.models import EncoderDecoder, SegTTAModel
+from mmseg.models import CascadeEncoderDecoder, EncoderDecoder, SegTTAModel
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UserError
 from .volo import are_positive
@@ -85,7 +85,7 @@ class SlidingSegmentor(EncoderDecoder):
 
     def _labels(self, logits: Tensor) -> Tensor:
         if self.out_channels == 1:
-            return (logits[0].sigmoid() > self.decode_head.threshold).byte()
+            return (logits[0].sigmoid() > last_head(self).threshold).byte()
         labels = logits.argmax(0)
         return labels.byte() if self.out_channels <= 256 else labels
 
@@ -145,6 +145,16 @@ class SlidingSegmentor(EncoderDecoder):
             return torch.ones(crop)
         rows, columns = (torch.hann_window(side + 2, periodic=False)[1:-1] for side in crop)  # without its zeros
         return rows[:, None] * columns
+
+
+@MODELS.register_module()
+class SlidingCascadeSegmentor(SlidingSegmentor, CascadeEncoderDecoder):
+    """mmseg's ``CascadeEncoderDecoder`` (OCRNet, for example), tested as ``SlidingSegmentor`` is."""
+
+
+def last_head(model: EncoderDecoder) -> nn.Module:
+    """The decode head whose logits are the result, in a cascade the last one."""
+    return model.decode_head[-1] if isinstance(model.decode_head, nn.ModuleList) else model.decode_head
 
 
 @MODELS.register_module()

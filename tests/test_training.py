@@ -1,0 +1,141 @@
+"""Training, testing and inference of configs that mmseg accepts."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmseg.registry import MODELS
+from mmseg.structures import SegDataSample
+from PIL import Image
+
+from mmseg_volo.apis.inference import infer
+from mmseg_volo.apis.testing import test as measure
+from mmseg_volo.apis.training import train
+from mmseg_volo.benchmark.step import profile_step
+from mmseg_volo.config import load_config
+from mmseg_volo.datasets.toy_streets import make_toy_streets
+from mmseg_volo.error_messages import one_sentence_errors
+from mmseg_volo.errors import UserError
+
+CONFIG = str(ROOT / 'configs/volo_tiny_toy_streets.py')
+NO_VALIDATION = dict(val_dataloader=None, val_cfg=None, val_evaluator=None)
+SHARED = dict(in_channels=48, in_index=0, channels=16, num_classes=19, norm_cfg=dict(type='BN'), align_corners=False)
+# OCRNet's heads as in mmseg's configs/_base_/models/ocrnet_r50-d8.py, on the neck of volo_tiny.
+OCRNET = {
+    'model.type': 'SlidingCascadeSegmentor',
+    'model.num_stages': 2,
+    'model.decode_head': [
+        dict(type='FCNHead', num_convs=1, concat_input=False, **SHARED),
+        dict(type='OCRHead', ocr_channels=8, **SHARED),
+    ],
+    'model.auxiliary_head': [dict(type='FCNHead', num_convs=1, **SHARED), dict(type='FCNHead', num_convs=0, **SHARED)],
+}
+OCRNET['model.auxiliary_head'][1]['channels'] = 48  # without a convolution, the width stays
+
+
+@pytest.fixture(scope='module')
+def toy(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp('toy')
+    make_toy_streets(folder, train=4, val=2, size=(96, 64))
+    return folder
+
+
+def options(toy: Path, **more: object) -> dict:
+    loaders = {
+        f'{split}_dataloader.{key}': value
+        for split in ('train', 'val', 'test')
+        for key, value in dict(num_workers=0, persistent_workers=False).items()
+    }
+    return {
+        'data_root': str(toy),
+        'train_cfg.max_iters': 2,
+        'train_cfg.val_interval': 2,
+        'train_dataloader.batch_size': 2,
+        'default_hooks.checkpoint.interval': 2,
+        'visualizer.vis_backends': [dict(type='LocalVisBackend')],
+        **loaders,
+        **more,
+    }
+
+
+def test_training_without_validation(toy, tmp_path):
+    settings = {key: value for key, value in options(toy).items() if not key.startswith('val_dataloader.')}
+    for resume, iterations in ((None, 2), ('auto', 4)):
+        settings['train_cfg.max_iters'] = iterations
+        runner = train(CONFIG, str(tmp_path), resume, cfg_options={**settings, **NO_VALIDATION}, seed=0)
+        assert runner.iter == iterations and (tmp_path / f'iter_{iterations}.pth').is_file()
+    assert not list(tmp_path.glob('best_*'))
+
+
+def test_half_a_validation_is_a_mistake_in_the_config(toy, tmp_path):
+    settings = {**options(toy), 'val_cfg': None}
+    with pytest.raises(SystemExit) as end, one_sentence_errors():
+        train(CONFIG, str(tmp_path), cfg_options=settings, seed=0)
+    assert end.value.code == 2
+
+
+def test_a_cascade_of_heads_is_trained_tested_and_used(toy, tmp_path):
+    settings = options(toy, **OCRNET)
+    runner = train(CONFIG, str(tmp_path), cfg_options=settings, seed=0)
+    logged = runner.message_hub.log_scalars
+    for loss in ('decode_0.loss_ce', 'decode_1.loss_ce', 'aux_0.loss_ce', 'aux_1.loss_ce'):
+        assert torch.isfinite(torch.tensor(logged[f'train/{loss}'].current()))
+    checkpoint = str(tmp_path / 'iter_2.pth')
+    assert 0 <= measure(CONFIG, checkpoint, str(tmp_path / 'test'), cfg_options=settings)['mIoU'] <= 100
+    picture = next(toy.glob('leftImg8bit/val/*/*.png'))
+    assert infer(CONFIG, checkpoint, [str(picture)], str(tmp_path / 'out'), cfg_options=settings) == []
+    (label,) = (tmp_path / 'out/pred').iterdir()
+    assert Image.open(label).size == Image.open(picture).size
+
+
+@pytest.mark.parametrize(
+    'test_cfg', [dict(mode='slide', crop_size=(32, 48), stride=(20, 30)), dict(mode='whole')], ids=['slide', 'whole']
+)
+def test_a_cascade_gives_the_logits_of_mmseg(test_cfg):
+    init_default_scope('mmseg')
+    image = torch.randint(0, 256, (3, 70, 100), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    ours, theirs = (
+        MODELS.build(load_config(CONFIG, {**OCRNET, 'model.type': kind, 'model.test_cfg': test_cfg}).model).eval()
+        for kind in ('SlidingCascadeSegmentor', 'CascadeEncoderDecoder')
+    )
+    theirs.load_state_dict(ours.state_dict())
+    sample = SegDataSample(metainfo=dict(ori_shape=(70, 100), img_shape=(70, 100), img_path='x.png'))
+    with torch.no_grad():
+        exact = theirs.test_step(dict(inputs=[image], data_samples=[sample]))[0].seg_logits.data
+    torch.testing.assert_close(ours.segment(image, (70, 100), logits=True), exact, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'model.decode_head': []}, r'model.decode_head must not be empty'),
+        ({'model.decode_head': [3]}, 'model.decode_head.0 must be of type dict, got 3'),
+        (
+            {'model.decode_head': [dict(type='FCNHead')]},
+            'model.decode_head.0.num_classes must be of type int, got None',
+        ),
+        (
+            {'model.decode_head': [dict(type='FCNHead', num_classes=19), dict(type='OCRHead', num_classes=18)]},
+            r'must have one num_classes, got \[19, 18\]',
+        ),
+    ],
+)
+def test_a_cascade_that_cannot_work_is_a_mistake(options, message):
+    with pytest.raises(UserError, match=message):
+        load_config(CONFIG, options)
+
+
+def test_one_image_per_batch_is_refused_for_any_head_of_a_cascade(toy, tmp_path):
+    uper = Config.fromfile(CONFIG).model.decode_head
+    heads = [uper, OCRNET['model.decode_head'][1]]
+    settings = options(toy, **{**OCRNET, 'model.decode_head': heads, 'train_dataloader.batch_size': 1})
+    with pytest.raises(UserError, match='batch_size=1 cannot train UPerHead'):
+        train(CONFIG, str(tmp_path), cfg_options=settings)
+
+
+def test_a_profile_of_a_cascade_is_refused():
+    with pytest.raises(UserError, match='cascade of decode heads'):
+        profile_step(CONFIG, cfg_options=OCRNET, batch=1, images=1)
