@@ -1,13 +1,19 @@
 """Training, testing and inference of configs that mmseg accepts."""
 
+import gc
+import weakref
 from pathlib import Path
+from typing import ClassVar
+from zipfile import ZipFile
 
 import pytest
 import torch
 from conftest import ROOT
 from mmengine.config import Config
+from mmengine.hooks import Hook
 from mmengine.registry import init_default_scope
-from mmseg.registry import MODELS
+from mmengine.runner import CheckpointLoader
+from mmseg.registry import HOOKS, MODELS
 from mmseg.structures import SegDataSample
 from PIL import Image
 
@@ -15,6 +21,7 @@ from mmseg_volo.apis.inference import infer
 from mmseg_volo.apis.testing import test as measure
 from mmseg_volo.apis.training import train
 from mmseg_volo.benchmark.step import profile_step
+from mmseg_volo.checkpoints.reading import read_ahead
 from mmseg_volo.config import load_config
 from mmseg_volo.datasets.toy_streets import make_toy_streets
 from mmseg_volo.error_messages import one_sentence_errors
@@ -139,3 +146,56 @@ def test_one_image_per_batch_is_refused_for_any_head_of_a_cascade(toy, tmp_path)
 def test_a_profile_of_a_cascade_is_refused():
     with pytest.raises(UserError, match='cascade of decode heads'):
         profile_step(CONFIG, cfg_options=OCRNET, batch=1, images=1)
+
+
+@HOOKS.register_module()
+class LeakHook(Hook):
+    """Note the tensors of a loaded checkpoint that are alive during training, other than the optimizer's own."""
+
+    loaded: ClassVar[list] = []
+    alive: ClassVar[list] = []
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        """Once per iteration."""
+        gc.collect()
+        states = runner.optim_wrapper.optimizer.state.values()
+        owned = {id(tensor) for state in states for tensor in state.values()}
+        alive = [tensor() for tensor in self.loaded]
+        self.alive.append([tensor for tensor in alive if tensor is not None and id(tensor) not in owned])
+
+
+@pytest.mark.parametrize('resume', ['auto', 'path', None])
+def test_a_checkpoint_is_read_once_and_freed(toy, tmp_path, monkeypatch, resume):
+    settings = options(toy, custom_hooks=[dict(type='EMAHook')])
+    train(CONFIG, str(tmp_path), cfg_options=settings, seed=0)
+    checkpoint = str(tmp_path / 'iter_2.pth')
+    load, check, reads = torch.load, ZipFile.testzip, []
+
+    def counting_load(path, *args, **kwargs):
+        reads.append('load')
+        contents = load(path, *args, **kwargs)
+        parts = (contents['state_dict'], contents['ema_state_dict'], *contents['optimizer']['state'].values())
+        LeakHook.loaded = [weakref.ref(value) for part in parts for value in part.values() if torch.is_tensor(value)]
+        return contents
+
+    monkeypatch.setattr(torch, 'load', counting_load)
+    monkeypatch.setattr(ZipFile, 'testzip', lambda archive: (reads.append('check'), check(archive))[1])
+    LeakHook.alive.clear()
+    settings['custom_hooks'].append(dict(type='LeakHook'))
+    settings['train_cfg.max_iters'] = 4
+    if resume is None:
+        settings['load_from'] = checkpoint
+    start = checkpoint if resume == 'path' else resume
+    runner = train(CONFIG, str(tmp_path), start, cfg_options=settings, seed=0)
+    assert sorted(reads) == ['check', 'load']
+    assert len(LeakHook.loaded) > 100 and len(LeakHook.alive) == (4 if resume is None else 2)
+    assert not any(LeakHook.alive) and runner.iter == 4
+
+
+def test_a_file_that_was_replaced_is_read_again(tmp_path):
+    path = tmp_path / 'x.pth'
+    for value in range(2):
+        torch.save(dict(state_dict=dict(a=torch.full((1,), value))), path)
+        if value == 0:
+            read_ahead(str(path))
+    assert CheckpointLoader.load_checkpoint(str(path))['state_dict']['a'] == 1

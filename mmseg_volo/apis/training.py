@@ -13,7 +13,7 @@ from mmengine.runner import Runner
 
 from ..checkpoints.download import local_copy
 from ..checkpoints.hook import DurableCheckpointHook, StoppedBySignal, newest_whole_checkpoint
-from ..checkpoints.reading import read_checkpoint
+from ..checkpoints.reading import read_ahead
 from ..config import decode_heads, load_config, set_work_dir
 from ..datasets.checks import check_data
 from ..engine.distributed import join_processes
@@ -87,12 +87,12 @@ def train(
 
 def _find_start(cfg: Config, resume: str | None) -> int | None:
     """Set ``cfg.load_from`` to a checkpoint that can be read; returns the seed of the run to go on with."""
-    contents = {}  # gigabytes, which training must not hold
+    contents: dict = {}
     if resume == 'auto':
         cfg.load_from, contents = newest_whole_checkpoint(cfg.work_dir) or (None, {})
     elif resume is not None or cfg.get('load_from'):
         cfg.load_from = local_copy(resume or cfg.load_from)
-        contents = read_checkpoint(cfg.load_from)
+        contents = read_ahead(cfg.load_from)
     if not (cfg.resume and contents):
         return None
     if not {'meta', 'message_hub', 'optimizer'} <= contents.keys():

@@ -18,7 +18,7 @@ from mmseg.registry import HOOKS
 
 from .._files import PARTIAL, whole
 from ..errors import UserError
-from .reading import read_checkpoint
+from .reading import read_ahead
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 AGREE_EVERY = 10  # iterations between two exchanges of several processes about a signal
@@ -181,7 +181,7 @@ def newest_whole_checkpoint(folder: str | Path) -> tuple[str, dict] | None:
     newest_first = sorted((path for path in found if found[path]), key=lambda path: -int(found[path][1]))
     for path in newest_first:
         try:
-            return str(path), read_checkpoint(str(path))
+            return str(path), read_ahead(str(path))
         except UserError as error:
             print_log(f'skipped on resuming: {error}', logger='current', level=logging.WARNING)
     if newest_first:

@@ -1,6 +1,7 @@
 """Checkpoints read without running any code in them."""
 
 import argparse
+import os
 import re
 import threading
 from collections import OrderedDict
@@ -31,6 +32,7 @@ ZOOS = {
 }
 STORES = [r'(\S+\:)?s3://', r'(\S+\:)?petrel://', 'pavi://']
 MapLocation = str | torch.device | Callable
+_READ_AHEAD: dict[tuple | None, dict] = {}  # at most one: contents by file
 
 
 def read_checkpoint(source: str, map_location: MapLocation = 'cpu') -> dict:
@@ -79,6 +81,25 @@ def read_checkpoint(source: str, map_location: MapLocation = 'cpu') -> dict:
     return dict(contents)
 
 
+def read_ahead(path: str) -> dict:
+    """``read_checkpoint`` for a file that mmengine loads next: ``load_from_plain_data`` then takes over the contents.
+
+    A file of gigabytes is so checked and read once, before the run begins, and freed when mmengine has copied it.
+    """
+    contents = read_checkpoint(path)
+    _READ_AHEAD.clear()
+    _READ_AHEAD[_version(path)] = contents
+    return contents
+
+
+def _version(path: str) -> tuple | None:
+    """What changes when another file takes the place of ``path``; None for a URL and the like."""
+    if '://' in path or not os.path.isfile(path):
+        return None
+    status = os.stat(path)
+    return os.path.abspath(path), status.st_mtime_ns, status.st_size, status.st_ino
+
+
 def load_from_plain_data(filename: str, map_location: MapLocation | None = None) -> dict:
     """A checkpoint as mmengine wants it, for all that mmengine loads itself.
 
@@ -96,7 +117,9 @@ def load_from_plain_data(filename: str, map_location: MapLocation | None = None)
     source = _url_in_zoo(scheme, model) if separator and scheme in ZOOS else filename
     if any(re.match(store, source) for store in STORES):
         raise UserError(f'{source} cannot be checked before it is read; fetch it by hand and give its path')
-    contents = read_checkpoint(source, 'cpu' if map_location is None else map_location)
+    contents = _READ_AHEAD.pop(_version(source), None)
+    if contents is None:
+        contents = read_checkpoint(source, 'cpu' if map_location is None else map_location)
     if scheme == 'mmcls':
         return dict(state_dict=OrderedDict(backbone_tensors(contents, source)))
     for key in ('state_dict', 'ema_state_dict', 'meta', 'message_hub'):
