@@ -1,7 +1,6 @@
 """Training, testing and inference of configs that mmseg accepts."""
 
 import gc
-import weakref
 from pathlib import Path
 from typing import ClassVar
 from zipfile import ZipFile
@@ -16,6 +15,7 @@ from mmengine.runner import CheckpointLoader
 from mmseg.registry import HOOKS, MODELS
 from mmseg.structures import SegDataSample
 from PIL import Image
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from mmseg_volo.apis.inference import infer
 from mmseg_volo.apis.testing import test as measure
@@ -150,7 +150,7 @@ def test_a_profile_of_a_cascade_is_refused():
 
 @HOOKS.register_module()
 class LeakHook(Hook):
-    """Note the tensors of a loaded checkpoint that are alive during training, other than the optimizer's own."""
+    """Note memory of a loaded checkpoint that is alive during training, apart from the optimizer's."""
 
     loaded: ClassVar[list] = []
     alive: ClassVar[list] = []
@@ -159,9 +159,12 @@ class LeakHook(Hook):
         """Once per iteration."""
         gc.collect()
         states = runner.optim_wrapper.optimizer.state.values()
-        owned = {id(tensor) for state in states for tensor in state.values()}
-        alive = [tensor() for tensor in self.loaded]
-        self.alive.append([tensor for tensor in alive if tensor is not None and id(tensor) not in owned])
+        owned = {memory_of(tensor) for state in states for tensor in state.values()}
+        self.alive.append([memory for memory in self.loaded if not memory.expired() and memory not in owned])
+
+
+def memory_of(tensor: torch.Tensor) -> StorageWeakRef:
+    return StorageWeakRef(tensor.untyped_storage())
 
 
 @pytest.mark.parametrize('resume', ['auto', 'path', None])
@@ -175,12 +178,13 @@ def test_a_checkpoint_is_read_once_and_freed(toy, tmp_path, monkeypatch, resume)
         reads.append('load')
         contents = load(path, *args, **kwargs)
         parts = (contents['state_dict'], contents['ema_state_dict'], *contents['optimizer']['state'].values())
-        LeakHook.loaded = [weakref.ref(value) for part in parts for value in part.values() if torch.is_tensor(value)]
+        LeakHook.loaded += [memory_of(value) for part in parts for value in part.values() if torch.is_tensor(value)]
         return contents
 
     monkeypatch.setattr(torch, 'load', counting_load)
     monkeypatch.setattr(ZipFile, 'testzip', lambda archive: (reads.append('check'), check(archive))[1])
     LeakHook.alive.clear()
+    LeakHook.loaded.clear()
     settings['custom_hooks'].append(dict(type='LeakHook'))
     settings['train_cfg.max_iters'] = 4
     if resume is None:
