@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,13 @@ import torch.distributed as dist
 from conftest import ROOT
 from mmengine.config import Config
 from mmengine.model import convert_sync_batchnorm
+from mmengine.optim import OptimWrapper
 from mmengine.registry import RUNNERS
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
+from mmseg_volo import NonFiniteLossHook
 from mmseg_volo.engine.distributed import join_processes
 from mmseg_volo.engine.parallel import CPUDataParallel
 from mmseg_volo.error_messages import one_sentence_errors
@@ -120,6 +125,57 @@ def test_two_processes_have_the_statistics_and_gradients_of_one(two):
             )
     for key, value in {'output': expected['output'], 'd input': x.grad}.items():
         torch.testing.assert_close(torch.cat([part[key] for part in two]), value, rtol=0, atol=1e-12)
+
+
+def skip_bad_batch(folder: Path) -> None:
+    """Two steps; in the second one process has an image of NaN."""
+    rank = int(os.environ['RANK'])
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    model = CPUDataParallel(convert_sync_batchnorm(Outlook()), broadcast_buffers=False)
+    wrapper = OptimWrapper(torch.optim.AdamW(model.parameters(), lr=0.01))
+    logger = SimpleNamespace(warning=lambda text: print(text, file=sys.stderr))
+    runner = SimpleNamespace(model=model, optim_wrapper=wrapper, logger=logger, rank=rank, work_dir=folder)
+    hook = NonFiniteLossHook(skip=1)
+    hook.before_train(runner)
+    for runner.iter in range(2):
+        batch = dict(inputs=[], data_samples=[])
+        hook.before_train_iter(runner, runner.iter)
+        x = images().split(SHARES)[rank]
+        loss = model(x * float('nan') if (runner.iter, rank) == (1, 1) else x).square().sum()
+        wrapper.update_params(loss)
+        hook.after_train_iter(runner, runner.iter, batch, dict(loss=loss))
+        torch.save(model.state_dict(), folder / f'{runner.iter}_{rank}.pth')
+    dist.destroy_process_group()
+
+
+def test_a_bad_batch_of_one_process_is_skipped_by_both(tmp_path):
+    for status, said in run_two(skip_bad_batch, tmp_path):
+        assert status == 0 and said.count('not finite at iteration 2') == 1, said
+    states = [torch.load(tmp_path / f'{iteration}_{rank}.pth') for iteration in range(2) for rank in range(2)]
+    for key, value in states[0].items():
+        assert torch.isfinite(value).all() and all(torch.equal(value, state[key]) for state in states[1:]), key
+
+
+def skip_bad_share(folder: Path) -> None:
+    """A step of a sharded model, with clipping, after which one gradient in one share is infinite."""
+    rank = int(os.environ['RANK'])
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    model = fully_shard(nn.Linear(4, 4), mesh=init_device_mesh('cpu', (2,)))
+    before = model.weight.to_local().clone()
+    wrapper = OptimWrapper(torch.optim.AdamW(model.parameters(), lr=0.01), clip_grad=dict(max_norm=1.0))
+    hook = NonFiniteLossHook()
+    hook.before_train(SimpleNamespace(optim_wrapper=wrapper))
+    model(torch.ones(2, 4)).sum().backward()
+    if rank == 1:
+        model.weight.grad.to_local()[0, 0] = float('inf')
+    wrapper.step()
+    assert not hook.gradients_are_finite and torch.equal(model.weight.to_local(), before)
+    dist.destroy_process_group()
+
+
+def test_a_bad_gradient_in_one_share_stops_the_step_of_all(tmp_path):
+    for status, said in run_two(skip_bad_share, tmp_path):
+        assert status == 0, said
 
 
 def test_synchronised_norms_keep_their_parameters_names_and_frozen_state():

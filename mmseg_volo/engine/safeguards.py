@@ -1,4 +1,4 @@
-"""Training that goes wrong says so."""
+"""Hooks that stop or warn when training goes wrong."""
 
 import math
 from collections.abc import Sequence
@@ -7,10 +7,12 @@ from pathlib import Path
 import torch
 from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 from mmseg.registry import HOOKS
 from mmseg.structures import SegDataSample
-from torch.nn.utils import get_total_norm
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from .._files import whole
 from ..errors import UserError
@@ -18,12 +20,15 @@ from ..errors import UserError
 
 @HOOKS.register_module()
 class NonFiniteLossHook(Hook):
-    """Keep a loss or gradient that is not finite out of the weights, save its batch, and stop after too many.
+    """Keep non-finite losses and gradients away from the weights, save the batch, and stop when there are too many.
 
-    With loss scaling (``--amp`` in float16) gradients that overflow are the scaler's business and not counted.
+    Costs little: where gradients are clipped by their norm, the check uses that norm, which mmengine has copied to the
+    host anyway; else it computes one and waits for it. Processes exchange nothing, because averaged gradients are the
+    same in all of them. With loss scaling (``--amp`` in float16), overflowing gradients are left to the scaler and not
+    counted.
 
     Args:
-        skip: batches that may be left out before training stops.
+        skip: number of batches that may be skipped before training stops.
     """
 
     def __init__(self, skip: int = 0):
@@ -31,27 +36,33 @@ class NonFiniteLossHook(Hook):
         self.skipped = 0
 
     def before_train(self, runner: Runner) -> None:
-        """Look at the gradients before each step of the optimizer."""
+        """Check the gradients before each optimizer step."""
         self.gradients_are_finite = True
-        runner.optim_wrapper.optimizer.register_step_pre_hook(self._drop_gradients_unless_finite)
+
+        def check(optimizer: torch.optim.Optimizer, *_: object) -> None:
+            parameters = [p for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
+            self.gradients_are_finite = math.isfinite(_gradient_norm(runner.optim_wrapper, parameters))
+            if not self.gradients_are_finite:
+                for parameter in parameters:
+                    parameter.grad = None  # the optimizer then leaves the weight and its moments alone
+
+        runner.optim_wrapper.optimizer.register_step_pre_hook(check)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
-        """Keep the running statistics, which a forward pass changes."""
+        """Copy the running statistics, which a forward pass changes, if the batch may have to be skipped."""
         if self.skip:
             self.buffers = {name: buffer.clone() for name, buffer in runner.model.named_buffers()}
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict, outputs: dict) -> None:
-        """Once per iteration.
+        """Skip the batch if its loss or gradients are not finite.
 
         Raises:
-            UserError: one batch too many; names the iteration, the learning rate and the files.
+            UserError: more than ``skip`` batches; names the iteration, the learning rate and the files.
         """
-        loss = float(outputs['loss'].detach())
+        loss = float(outputs['loss'].detach())  # no wait: mmengine has just logged it
         finite = math.isfinite(loss) and self.gradients_are_finite
         self.gradients_are_finite = True
-        anywhere = torch.tensor(int(not finite))
-        all_reduce(anywhere, 'max')
-        if not anywhere:
+        if finite:
             return
         self.skipped += 1
         number = runner.iter + 1
@@ -67,7 +78,7 @@ class NonFiniteLossHook(Hook):
         )
         if self.skipped > self.skip:
             raise UserError(
-                f'{sentence}; look at it, lower the learning rate, or skip some with '
+                f'{sentence}; inspect it, lower the learning rate, or skip such batches with '
                 f'--cfg-options default_hooks.non_finite.skip={10 * max(self.skip, 1)}'
             )
         with torch.no_grad():
@@ -75,17 +86,20 @@ class NonFiniteLossHook(Hook):
                 buffer.copy_(self.buffers[name])
         runner.logger.warning(f'{sentence}; skipped, {self.skipped} of at most {self.skip}')
 
-    def _drop_gradients_unless_finite(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        parameters = [p for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
-        self.gradients_are_finite = bool(torch.isfinite(get_total_norm([p.grad for p in parameters])))
-        if not self.gradients_are_finite:
-            for parameter in parameters:
-                parameter.grad = None  # the optimizer leaves it and its moments alone
+
+def _gradient_norm(wrapper: OptimWrapper, parameters: Sequence[torch.nn.Parameter]) -> float:
+    """Norm of all gradients; the one that clipping has just logged where it can be used."""
+    gradients = [parameter.grad for parameter in parameters]
+    sharded = any(isinstance(gradient, DTensor) for gradient in gradients)  # clipping logs the norm of one share
+    if wrapper.clip_grad_kwargs and wrapper.clip_func is clip_grad_norm_ and gradients and not sharded:
+        return wrapper.message_hub.get_scalar('train/grad_norm').current()
+    norm = get_total_norm(gradients)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 @HOOKS.register_module()
 class OneClassWarningHook(Hook):
-    """Warn after a validation that predicted one class in every pixel."""
+    """Warn if a validation predicts the same class for every pixel."""
 
     def before_val_epoch(self, runner: Runner) -> None:
         """Forget the last validation."""
@@ -94,18 +108,18 @@ class OneClassWarningHook(Hook):
     def after_val_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict, outputs: Sequence[SegDataSample]
     ) -> None:
-        """Once per batch."""
+        """Note the lowest and the highest class of a batch."""
         for sample in outputs:
             low, high = torch.aminmax(sample.pred_sem_seg.data)
             self.lowest, self.highest = min(self.lowest, int(low)), max(self.highest, int(high))
 
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
-        """Warn, with the class."""
+        """Log the warning; it names the class."""
         extremes = torch.tensor([-self.lowest, self.highest])
         all_reduce(extremes, 'max')
         if -extremes[0] == extremes[1]:
             name = runner.val_dataloader.dataset.metainfo['classes'][extremes[1]]
             runner.logger.warning(
-                f'validation at iteration {runner.iter} predicts {name!r} in every pixel: training has collapsed, has '
-                'hardly begun, or learns from wrong labels (tools/check_data.py looks at them)'
+                f'the validation at iteration {runner.iter} predicts {name!r} for every pixel: training has collapsed, '
+                'has hardly begun, or learns from wrong labels (mmseg-volo check-data finds those)'
             )
