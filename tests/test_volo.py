@@ -1,4 +1,5 @@
 import copy
+import re
 
 import pytest
 import timm
@@ -335,6 +336,109 @@ def test_recomputing_under_autocast_errs_no_more_than_twice_plain_modules(dtype)
         assert errors[True][name] <= max(2 * errors[False][name], 4e-3), name
 
 
+def children_of_blocks(model: VOLO) -> dict[str, nn.Module]:
+    """Modules inside the blocks; DropPath is an Identity at rate 0."""
+    return {name: module for name, module in model.network.named_modules() if re.match(r'[0234]\.\d+\.', name)}
+
+
+@pytest.mark.parametrize(
+    'register', ['forward_pre_hook', 'forward_hook', 'full_backward_pre_hook', 'full_backward_hook']
+)
+def test_hooks_fire_on_every_module_of_a_block_under_recomputing(register):
+    model = VOLO(SMALL, recompute_activations=True).train()
+    fired = set()
+    modules = children_of_blocks(model)
+    for name, module in modules.items():
+        getattr(module, f'register_{register}')(lambda *args, name=name: fired.add(name))
+    gradients(model, model(torch.randn(2, 3, 32, 48)))
+    assert fired == set(modules)
+
+
+def test_hooks_of_all_modules_fire_under_recomputing():
+    model = VOLO(SMALL, recompute_activations=True).train()
+    called = set()
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *args: called.add(module))
+    try:
+        model(torch.randn(2, 3, 32, 48))
+    finally:
+        handle.remove()
+    assert called >= set(children_of_blocks(model).values())
+
+
+class LoRA(nn.Module):
+    """A frozen linear layer and a trained product of two thin ones."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        self.down = nn.Linear(linear.in_features, 2, bias=False)
+        self.up = nn.Linear(2, linear.out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) + self.up(self.down(x))
+
+
+def adapted(model: VOLO, change: str) -> VOLO:
+    """``model`` with one kind of module in every block replaced or changed."""
+    torch.manual_seed(1)
+    for block in [block for i in (0, 2, 3, 4) for block in model.network[i]]:
+        dim = block.norm1.normalized_shape[0]
+        if change == 'LoRA':
+            first = 'v' if hasattr(block.attn, 'v') else 'qkv'
+            setattr(block.attn, first, LoRA(getattr(block.attn, first)))
+            block.mlp.fc1, block.mlp.fc2 = LoRA(block.mlp.fc1), LoRA(block.mlp.fc2)
+        elif change == 'parametrization':
+            torch.nn.utils.parametrizations.weight_norm(block.mlp.fc1)
+            torch.nn.utils.parametrizations.weight_norm(getattr(block.attn, 'v', block.attn.proj))
+        elif change == 'activation':
+            block.mlp.act = nn.GELU(approximate='tanh')
+        elif change == 'bias':
+            for name in ('v', 'qkv'):
+                if hasattr(block.attn, name):
+                    setattr(block.attn, name, nn.Linear(dim, getattr(block.attn, name).out_features))
+            block.mlp.fc1.register_parameter('bias', None)
+        elif change == 'norm':
+            block.norm1, block.norm2 = nn.LayerNorm(dim, bias=False), nn.RMSNorm(dim)
+        elif change == 'mlp norm':
+            block.mlp.norm = nn.LayerNorm(block.mlp.fc1.out_features)
+        elif change == 'forward':
+            block.mlp.fc1.forward = lambda x, forward=block.mlp.fc1.forward: 2 * forward(x)
+    return model.double().train()
+
+
+@pytest.mark.parametrize('change', ['LoRA', 'parametrization', 'activation', 'bias', 'norm', 'mlp norm', 'forward'])
+def test_changed_modules_train_alike_under_recomputing(change):
+    plain, lean = (adapted(VOLO(SMALL, recompute_activations=recompute), change) for recompute in (False, True))
+    lean.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 3, 32, 48, dtype=torch.float64)
+    expected, actual = (gradients(model, model(x)) for model in (plain, lean))
+    for name in expected:
+        if expected[name] is None:
+            assert actual[name] is None, name
+        else:
+            assert expected[name].abs().sum() > 0, name
+            assert_close(actual[name], expected[name], what=name)
+
+
+def test_dropout_set_later_acts_under_recomputing():
+    model = VOLO(SMALL, recompute_activations=True, norm_eval=True).train()
+    x = torch.randn(2, 3, 32, 48)
+    assert torch.equal(model(x)[3], model(x)[3])
+    model.network[0][0].mlp.drop1.p = 0.5
+    assert not torch.equal(model(x)[3], model(x)[3])
+
+
+def test_recomputing_resumes_when_hooks_are_removed():
+    model = VOLO('tiny', recompute_activations=True).train()
+    x = torch.randn(2, 3, 64, 96)
+    before = kept_bytes(model, x)[0]
+    handles = [module.register_forward_hook(lambda *args: None) for module in children_of_blocks(model).values()]
+    assert kept_bytes(model, x)[0] > 1.2 * before
+    for handle in handles:
+        handle.remove()
+    assert kept_bytes(model, x)[0] == before
+
+
 def test_frozen_blocks_under_recomputing_get_no_gradients_and_the_rest_do():
     model = VOLO(SMALL, frozen_stages=2).train()
     found = gradients(model, model(torch.randn(2, 3, 32, 48)))
@@ -369,7 +473,7 @@ def test_every_block_sees_contiguous_tokens(size):
         for block in model.network[stage]:
             block.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].is_contiguous()))
     outputs = model(torch.randn(2, 3, *size))
-    assert all(seen) and len(seen) == 4 + 4  # four blocks, four output norms
+    assert all(seen) and len(seen) == 4 * 3 + 4  # four blocks with two norms each, four output norms
     assert [y.shape[1] for y in outputs] == model.out_channels
 
 

@@ -53,7 +53,7 @@ class OutlookAttention(nn.Module):
         """``[B, H, W, C]``, which ``norm`` has yet to normalise, to the same."""
         K = self.kernel_size**2
         if recompute:
-            value, centres = norm_linear_pool(x, norm, self.v, self.stride)
+            value, centres = norm_linear_pool(x, norm, self.v, self.pool)
         else:
             x = norm(x)
             value = self.v(x)
@@ -102,7 +102,7 @@ class _Block(nn.Module):
         recompute = self.recompute and not torch.compiler.is_compiling()  # Inductor decides by itself what to keep
         x = _add(x, self.drop_path(self.attn(x, self.norm1, recompute)))
         if recompute:
-            return _add(x, self.drop_path(norm_mlp(x, self.norm2, self.mlp.fc1, self.mlp.fc2)))
+            return _add(x, self.drop_path(norm_mlp(x, self.norm2, self.mlp)))
         return _add(x, self.drop_path(self.mlp(self.norm2(x))))
 
 

@@ -1,32 +1,77 @@
-"""LayerNorm and GELU that are computed again in the backward pass instead of being stored for it.
+"""LayerNorm and GELU, recomputed in the backward pass so that their outputs need not be stored.
 
-A transformer block then keeps 9 C numbers per token instead of 14 C, at the cost of two element-wise operations. The
-results are those of the plain modules; under autocast, matrix multiplications run in its dtype and LayerNorm in that of
-its input.
+A transformer block then stores 9 C numbers per token instead of 14 C, and recomputes two element-wise operations. The
+results equal those of the plain modules. Under autocast, matrix products run in its dtype and LayerNorm in the dtype of
+its input. A module that has hooks or parametrizations, or that was replaced (by a LoRA adapter, for example), is called
+as usual, and its outputs are stored.
 """
 
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
+from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
 
 
-def norm_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
-    """``linear(norm(x))``; keeps x."""
+def norm_linear(x: Tensor, norm: nn.Module, linear: nn.Module) -> Tensor:
+    """``linear(norm(x))``, for which only ``x`` is stored."""
+    if not (_is_plain_norm(norm) and _is_plain(linear, nn.Linear)):
+        return linear(norm(x))
     return _NormLinear.apply(x, norm.weight, norm.bias, norm.eps, linear.weight, linear.bias, _matmul_dtype(x))
 
 
-def norm_linear_pool(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear, stride: int) -> tuple[Tensor, Tensor]:
-    """``linear(norm(x))``, and ``norm(x)`` averaged over stride x stride tokens; keeps x ``[B, H, W, C]``."""
-    return _NormLinearPool.apply(x, norm.weight, norm.bias, norm.eps, linear.weight, stride, _matmul_dtype(x))
+def norm_linear_pool(x: Tensor, norm: nn.Module, linear: nn.Module, pool: nn.Module) -> tuple[Tensor, Tensor]:
+    """``linear(norm(x))`` and ``pool(norm(x))``, for which only ``x`` ``[B, H, W, C]`` is stored."""
+    plain = _is_plain_norm(norm) and _is_plain(linear, nn.Linear) and _is_plain(pool, nn.AvgPool2d)
+    if not plain or linear.bias is not None:
+        y = norm(x)
+        return linear(y), pool(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return _NormLinearPool.apply(x, norm.weight, norm.bias, norm.eps, linear.weight, pool.stride, _matmul_dtype(x))
 
 
-def norm_mlp(x: Tensor, norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear) -> Tensor:
-    """``fc2(gelu(fc1(norm(x))))``; keeps x and fc1's output."""
+def norm_mlp(x: Tensor, norm: nn.Module, mlp: nn.Module) -> Tensor:
+    """``mlp(norm(x))`` for timm's ``Mlp``, for which only ``x`` and the output of ``fc1`` are stored."""
+    if not (_is_plain_norm(norm) and _is_plain_mlp(mlp)):
+        return mlp(norm(x))
+    fc1, fc2 = mlp.fc1, mlp.fc2
     parameters = (norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
     return _NormMlp.apply(x, *parameters, _matmul_dtype(x))
+
+
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether ``module`` runs only the ``forward`` of ``kind``: that very class, without hooks.
+
+    Parametrizations change a module's class.
+    """
+    return (
+        type(module) is kind
+        and 'forward' not in vars(module)
+        and not (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or _has_any_global_hook()
+        )
+    )
+
+
+def _is_plain_norm(norm: nn.Module) -> bool:
+    return _is_plain(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
+
+
+def _is_plain_mlp(mlp: nn.Module) -> bool:
+    return (
+        _is_plain(mlp, Mlp)
+        and all(_is_plain(linear, nn.Linear) and linear.bias is not None for linear in (mlp.fc1, mlp.fc2))
+        and all(_is_plain(drop, nn.Dropout) and drop.p == 0 for drop in (mlp.drop1, mlp.drop2))
+        and _is_plain(mlp.act, nn.GELU)
+        and mlp.act.approximate == 'none'
+        and _is_plain(mlp.norm, nn.Identity)
+    )
 
 
 def _matmul_dtype(x: Tensor) -> torch.dtype:
@@ -145,5 +190,5 @@ class _NormMlp(torch.autograd.Function):
 
 
 def _pool(y: Tensor, stride: int) -> Tensor:
-    """``[B, H, W, C]`` to ``[B, ceil(H / stride), ceil(W / stride), C]``; the last ones average what there is."""
+    """``[B, H, W, C]`` to ``[B, ceil(H / stride), ceil(W / stride), C]``; border windows average fewer tokens."""
     return F.avg_pool2d(y.permute(0, 3, 1, 2), stride, stride, ceil_mode=True).permute(0, 2, 3, 1)
