@@ -73,6 +73,10 @@ def _add_processes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
 
+def _add_verbose(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--verbose', action='store_true', help='print everything that goes into the log file')
+
+
 # The commands: arguments, then work. A command returns its exit status, or None for success.
 
 
@@ -91,6 +95,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--seed', type=int, help='random seed for Python, NumPy and PyTorch')
     parser.add_argument('--deterministic', action='store_true', help='bit-identical results; slower on a GPU')
     _add_processes(parser)
+    _add_verbose(parser)
 
 
 def _train(args: dict) -> None:
@@ -114,6 +119,7 @@ def _add_test(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument('--work-dir', metavar='DIR', help='logs (default: work_dirs/<config name>)')
     _add_processes(parser)
+    _add_verbose(parser)
 
 
 def _test(args: dict) -> None:
@@ -173,6 +179,7 @@ def _plot(args: dict) -> None:
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--out-dir', default='demo', metavar='DIR', help='data, checkpoints and pictures ' + DEFAULT)
     parser.add_argument('--seed', type=int, default=0, help='random seed for training ' + DEFAULT)
+    _add_verbose(parser)
 
 
 def _demo(args: dict) -> None:

@@ -12,7 +12,9 @@ from .training import train
 TRAIN, VAL, SIZE, SHOWN = 400, 40, (256, 128), 8
 
 
-def run_demo(out_dir: str = 'demo', seed: int = 0, config: str = 'volo_tiny_toy_streets') -> dict:
+def run_demo(
+    out_dir: str = 'demo', seed: int = 0, verbose: bool = False, config: str = 'volo_tiny_toy_streets'
+) -> dict:
     """Make toy streets, train ``config`` on them, measure it on unseen scenes and draw what it sees.
 
     Args:
@@ -25,7 +27,7 @@ def run_demo(out_dir: str = 'demo', seed: int = 0, config: str = 'volo_tiny_toy_
     out = make_writable(out_dir)
     data = out / 'toy_streets'
     make_toy_streets(data, train=TRAIN, val=VAL, size=SIZE)
-    common = dict(work_dir=str(out / 'work_dir'), cfg_options=dict(data_root=str(data)))
+    common = dict(work_dir=str(out / 'work_dir'), cfg_options=dict(data_root=str(data)), verbose=verbose)
     runner = train(config, seed=seed, **common)
     checkpoint = runner.message_hub.get_info('best_ckpt')
     metrics = test(config, checkpoint, out_dir=str(out), show_dir=str(out / 'side_by_side'), **common)

@@ -17,15 +17,16 @@ from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.dist import is_main_process
 from mmengine.model import BaseTTAModel, is_model_wrapper
-from mmengine.runner import Runner
 from mmseg.datasets import ADE20KDataset, CityscapesDataset
 from mmseg.registry import DATASETS
+from prettytable import PrettyTable
 
 from .._files import file_sha256
 from .._version import __version__
 from ..checkpoints.download import local_copy
 from ..config import data_sets, load_config, make_writable, set_work_dir
 from ..datasets.checks import check_data
+from ..engine.console import runner_on_terminal
 from ..engine.distributed import join_processes
 from ..errors import UserError
 from ..evaluation.report import read_run, summary, write_results
@@ -48,6 +49,7 @@ def test(
     server_format: str | None = None,
     cfg_options: dict | None = None,
     launcher: str = 'none',
+    verbose: bool = False,
 ) -> dict:
     """Measure a checkpoint on the config's test set; returns the mean scores, and writes them and much more.
 
@@ -59,6 +61,7 @@ def test(
         compare: ``metrics.json`` of another run on the same images.
         server_format: ``'cityscapes'`` or ``'ade20k'``: instead of measuring, write label maps as that benchmark's
             server takes them, into a folder of that name in ``out_dir``. Needs no labels.
+        verbose: print everything that goes into the log file.
 
     Raises:
         UserError: config, data or checkpoint cannot work, or the runs cannot be compared.
@@ -88,45 +91,58 @@ def test(
         ignore_index = data_sets(cfg.test_dataloader.dataset)[0].get('ignore_index', 255)
         cfg.test_evaluator = dict(type='SegmentationMetric', out_dir=str(folder), root=root, ignore_index=ignore_index)
 
-    runner = Runner.from_cfg(cfg)
-    model = runner.model
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
-    load_segmentor(model, checkpoint)
-    dataset = runner.test_dataloader.dataset
-    if server_format:
-        runner.test()
-        if is_main_process():
-            os.replace(unfinished, folder / server_format)
-            runner.logger.info(f'{len(dataset)} label maps for the server: {folder / server_format}')
-        return {}
+    with runner_on_terminal(cfg, verbose) as runner:
+        model = runner.model
+        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+            model = model.module
+        load_segmentor(model, checkpoint)
+        dataset = runner.test_dataloader.dataset
+        if server_format:
+            runner.test()
+            if is_main_process():
+                os.replace(unfinished, folder / server_format)
+                runner.logger.info(f'{len(dataset)} label maps for the server: {folder / server_format}')
+            return {}
 
-    classes, images_sha256 = dataset.metainfo['classes'], _images_sha256(dataset, root)
-    other = read_run(compare, classes, images_sha256) if compare else None  # before the time that testing takes
-    metrics = runner.test()
-    if is_main_process():
-        totals = runner.test_evaluator.metrics[0].totals
-        record = dict(
-            **summary(totals, classes),
-            images_sha256=images_sha256,
-            tta=tta,
-            config=str(config),
-            config_sha256=config_sha256,
-            checkpoint=str(checkpoint),
-            checkpoint_sha256=file_sha256(Path(local_copy(str(checkpoint))).expanduser()),
-            seed=runner.seed,
-            date=datetime.now().isoformat(timespec='seconds'),
-            device=str(next(model.parameters()).device),
-            versions={module.__name__: module.__version__ for module in (torch, mmengine, mmseg, timm, np)},
-        )
-        record['versions']['mmseg_volo'] = __version__
-        write_results(folder, record, totals, dataset.metainfo['palette'], other)
-        low, high = record['intervals']['mIoU']
-        runner.logger.info(
-            f'mIoU {metrics["mIoU"]:.2f} (95 % interval {low:.2f} to {high:.2f}) on {totals.images} images; '
-            f'{folder / "report.html"}'
-        )
-    return metrics
+        classes, images_sha256 = dataset.metainfo['classes'], _images_sha256(dataset, root)
+        other = read_run(compare, classes, images_sha256) if compare else None  # before the time that testing takes
+        metrics = runner.test()
+        if is_main_process():
+            totals = runner.test_evaluator.metrics[0].totals
+            record = dict(
+                **summary(totals, classes),
+                images_sha256=images_sha256,
+                tta=tta,
+                config=str(config),
+                config_sha256=config_sha256,
+                checkpoint=str(checkpoint),
+                checkpoint_sha256=file_sha256(Path(local_copy(str(checkpoint))).expanduser()),
+                seed=runner.seed,
+                date=datetime.now().isoformat(timespec='seconds'),
+                device=str(next(model.parameters()).device),
+                versions={module.__name__: module.__version__ for module in (torch, mmengine, mmseg, timm, np)},
+            )
+            record['versions']['mmseg_volo'] = __version__
+            write_results(folder, record, totals, dataset.metainfo['palette'], other)
+            low, high = record['intervals']['mIoU']
+            runner.logger.info(
+                f'{_class_table(record["classes"])}\n'
+                f'mIoU {metrics["mIoU"]:.2f} (95 % interval {low:.2f} to {high:.2f}) on {totals.images} images; '
+                f'{folder / "report.html"}'
+            )
+        return metrics
+
+
+def _class_table(rows: Sequence[dict]) -> PrettyTable:
+    """Scores per class, in per cent, for the classes that occur."""
+    table = PrettyTable(['class', 'IoU', '95 % interval', 'Acc', 'Precision', 'BoundaryIoU'], align='r')
+    table.align['class'] = 'l'
+    for row in rows:
+        if row['pixels']:
+            iou, *others = ['' if row[key] is None else f'{row[key]:.2f}' for key in table.field_names if key in row]
+            low, high = row['IoU_interval']
+            table.add_row([row['name'], iou, f'{low:.2f} to {high:.2f}', *others])
+    return table
 
 
 def _common_folder(cfg: Config) -> str:

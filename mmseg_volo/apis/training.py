@@ -8,7 +8,6 @@ from contextlib import ExitStack
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from ..checkpoints.download import local_copy
@@ -16,6 +15,7 @@ from ..checkpoints.hook import DurableCheckpointHook, StoppedBySignal, newest_wh
 from ..checkpoints.reading import read_ahead
 from ..config import decode_heads, load_config, set_work_dir
 from ..datasets.checks import check_data
+from ..engine.console import runner_on_terminal
 from ..engine.distributed import join_processes
 from ..engine.reproducible import BeginSample
 from ..errors import UserError
@@ -31,6 +31,7 @@ def train(
     launcher: str = 'none',
     seed: int | None = None,
     deterministic: bool = False,
+    verbose: bool = False,
 ) -> Runner:
     """Train what ``config`` describes, and return the runner.
 
@@ -40,6 +41,7 @@ def train(
         resume: ``'auto'`` for the newest whole checkpoint in the work dir, if there is one; a path; or None.
         seed: of Python, numpy and torch; None draws one and logs it, or takes that of the resumed run.
         deterministic: only operators that give the same bits each time; slower on a GPU.
+        verbose: print everything that goes into the log file.
 
     Raises:
         UserError: before the first iteration, for anything in config, data or checkpoints that cannot work; later for
@@ -60,28 +62,31 @@ def train(
     kept_seed = _find_start(cfg, resume)
     _set_randomness(cfg, kept_seed if seed is None else seed, deterministic)
 
-    runner = RUNNERS.build(cfg) if cfg.get('runner_type') else Runner.from_cfg(cfg)
-    try:
-        with ExitStack() as stack:
-            for hook in runner.hooks:
-                if isinstance(hook, DurableCheckpointHook):
-                    stack.enter_context(hook.catching_signals(runner))
-            runner.train()
-    except StoppedBySignal as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(128 + stop.number)
-    except RuntimeError as error:
-        _explain_dead_worker(error, runner)
-        raise
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    with runner_on_terminal(cfg, verbose) as runner:
+        if cfg.resume and cfg.load_from:
+            runner.logger.info(f'resuming from {cfg.load_from}')
+        try:
+            with ExitStack() as stack:
+                for hook in runner.hooks:
+                    if isinstance(hook, DurableCheckpointHook):
+                        stack.enter_context(hook.catching_signals(runner))
+                runner.train()
+        except StoppedBySignal as stop:
+            print(stop, file=sys.stderr)
+            sys.exit(128 + stop.number)
+        except RuntimeError as error:
+            _explain_dead_worker(error, runner)
             raise
-        raise UserError(
-            f'no space left on the device of {cfg.work_dir}; make room and go on with --resume: checkpoints are whole'
-        ) from None
-    best = runner.message_hub.runtime_info.get('best_ckpt')
-    if best:
-        runner.logger.info(f'best checkpoint: {best}')
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise UserError(
+                f'no space left on the device of {cfg.work_dir}; free some and continue with --resume: the checkpoints '
+                'are intact'
+            ) from None
+        best = runner.message_hub.runtime_info.get('best_ckpt')
+        if best:
+            runner.logger.info(f'best checkpoint: {best}')
     return runner
 
 

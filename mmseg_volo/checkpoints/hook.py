@@ -1,6 +1,5 @@
 """Checkpoints that survive whatever happens while they are written."""
 
-import logging
 import os
 import re
 import signal
@@ -12,7 +11,7 @@ import torch
 from mmengine.dist import all_reduce, get_world_size, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
-from mmengine.logging import print_log
+from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 from mmseg.registry import HOOKS
 
@@ -183,7 +182,7 @@ def newest_whole_checkpoint(folder: str | Path) -> tuple[str, dict] | None:
         try:
             return str(path), read_ahead(str(path))
         except UserError as error:
-            print_log(f'skipped on resuming: {error}', logger='current', level=logging.WARNING)
+            MMLogger.get_current_instance().warning(f'skipped on resuming: {error}')
     if newest_first:
         raise UserError(
             f'no checkpoint in {folder} is whole; move them away to start anew, or choose another --work-dir'

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 from mmengine.config import Config
 from mmengine.fileio import list_dir_or_file
-from mmengine.logging import print_log
 from mmengine.registry import init_default_scope
 from mmseg.datasets import ADE20KDataset
 from mmseg.registry import DATASETS, TRANSFORMS
@@ -63,10 +62,7 @@ def check_data(cfg: Config, splits: Sequence[str]) -> None:
                 found = next(filter(None, problems), None)
             if found:
                 raise UserError(': '.join(found))
-            print_log(
-                f'{split}: {len(data.dataset)} images, {count} labels checked, ids within {data.num_classes} classes',
-                'current',
-            )
+            print(f'{split}: {len(data.dataset)} images, {count} labels checked, ids within {data.num_classes} classes')
 
 
 def check_all_data(

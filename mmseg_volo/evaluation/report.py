@@ -13,7 +13,7 @@ from zipfile import BadZipFile
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
-from mmengine.logging import print_log
+from mmengine.logging import MMLogger
 from prettytable import PrettyTable
 
 from .._files import whole
@@ -95,7 +95,7 @@ def write_results(folder: Path, record: dict, totals: Totals, palette: Sequence,
     write_whole(folder / 'metrics.json', json.dumps(record, indent=2, allow_nan=False).encode() + b'\n')
     differences = _differences(record, draws, other) if other else []
     if other:
-        print_log(f'compared with {other.path}:\n{_table(differences)}', 'current')
+        MMLogger.get_current_instance().info(f'compared with {other.path}:\n{_table(differences)}')
     confusion = _confusion_picture(totals.confusion, [row['name'] for row in record['classes']])
     write_whole(folder / 'confusion.png', confusion)
     write_whole(folder / 'per_class.png', _class_picture(record['classes']))

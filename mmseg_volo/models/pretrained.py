@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from mmengine.logging import print_log
+from mmengine.logging import MMLogger
 from mmengine.model.weight_init import PretrainedInit
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
@@ -82,10 +82,9 @@ def load_pretrained(model: nn.Module, source: str, architectures: Mapping[str, M
         changes.append(f'{len(dropped) + len(unbuilt)} tensors of the classifier or of unused stages left out')
     if new:
         changes.append(f'{len(new)} tensors of the output norms are new')
-    print_log(
+    MMLogger.get_current_instance().info(
         f'VOLO {model.arch}: {len(state)} of {len(own)} tensors loaded from {source}'
-        + ''.join(f'; {c}' for c in changes),
-        logger='current',
+        + ''.join(f'; {c}' for c in changes)
     )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
-from mmengine.logging import print_log
+from mmengine.logging import MMLogger
 from mmengine.structures import PixelData
 from mmseg.models import CascadeEncoderDecoder, EncoderDecoder, SegTTAModel
 from mmseg.registry import MODELS
@@ -134,7 +134,9 @@ class SlidingSegmentor(EncoderDecoder):
                 if len(batch) == 1:
                     raise
                 self.window_batch = len(batch) // 2
-                print_log(f'out of device memory: {self.window_batch} windows at a time from here on', 'current')
+                MMLogger.get_current_instance().warning(
+                    f'out of device memory: {self.window_batch} windows at a time from here on'
+                )
                 torch.cuda.empty_cache()
                 continue
             yield from logits

@@ -175,7 +175,7 @@ def a_dead_process_is_replaced_and_then_ends_the_run(folder: Path, report: Repor
         saved / f'iter_{STEPS}.pth',
         folder / f'one/iter_{STEPS}.pth',
     )
-    report.row('resumed from a checkpoint', output.count('resumed epoch'), 1, output.count('resumed epoch') == 1)
+    report.row('resumed from a checkpoint', output.count('resuming from'), 1, output.count('resuming from') == 1)
     report.row('rank 1 killed again: s to the end', f'{seconds:.1f}', SECONDS_TO_END, seconds <= SECONDS_TO_END)
     report.row('    exit status', status, 'not 0', status != 0)
     cause = output.rpartition('Root Cause')[2]
