@@ -2,7 +2,7 @@
 
 import os
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -173,13 +173,42 @@ def picture_path(out: str) -> Path:
     return path
 
 
-def data_sets(dataset: dict) -> list[dict]:
-    """Innermost data sets of a data set's config, inside RepeatDataset, ConcatDataset and similar wrappers."""
-    if not isinstance(dataset, dict):
+def data_sets(dataset: dict | Sized) -> list:
+    """Innermost data sets, inside RepeatDataset, ConcatDataset and similar wrappers.
+
+    Args:
+        dataset: a data set's config, or the data set built from it.
+
+    Raises:
+        UserError: the config of a data set is not a dict.
+    """
+    if hasattr(dataset, 'metainfo'):
+        wrapped, parts = getattr(dataset, 'dataset', None), getattr(dataset, 'datasets', None)
+    elif isinstance(dataset, dict):
+        wrapped, parts = dataset.get('dataset'), dataset.get('datasets')
+        _check_kinds(dataset, {'datasets': list | tuple | None})
+    else:
         raise UserError(f'invalid config: a data set must be a dict, got {dataset!r}')
-    if 'dataset' in dataset:
-        return data_sets(dataset['dataset'])
-    if 'datasets' in dataset:
-        _check_kinds(dataset, {'datasets': list | tuple})
-        return [settings for part in dataset['datasets'] for settings in data_sets(part)]
+    if wrapped is not None:
+        return data_sets(wrapped)
+    if parts is not None:
+        return [leaf for part in parts for leaf in data_sets(part)]
     return [dataset]
+
+
+def type_name(settings: dict) -> str:
+    """Name of the class that a config asks for by name, by name with a scope (``mmseg.FCNHead``), or as the class."""
+    kind = settings['type']
+    return kind.rpartition('.')[2] if isinstance(kind, str) else kind.__name__
+
+
+def without_steps(pipeline: Sequence, names: Sequence[str]) -> list:
+    """A pipeline without the steps of these names, also inside TestTimeAug; groups left empty are dropped."""
+    kept = []
+    for step in pipeline:
+        if isinstance(step, Sequence):
+            kept += [group] if (group := without_steps(step, names)) else []
+        elif type_name(step) not in names:
+            inner = {'transforms': without_steps(step['transforms'], names)} if 'transforms' in step else {}
+            kept.append({**step, **inner})
+    return kept

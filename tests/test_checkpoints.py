@@ -176,7 +176,7 @@ def test_a_damaged_checkpoint_is_skipped(tmp_path):
 
 def test_weights_alone_cannot_be_resumed(toy, whole, tmp_path):
     (best,) = whole.glob('best_*.pth')
-    with pytest.raises(UserError, match=r'--resume cannot go on from .*best_mIoU.*load_from='):
+    with pytest.raises(UserError, match=r'--resume cannot use .*best_mIoU.*load_from='):
         run(toy, tmp_path, resume=str(best))
 
 

@@ -133,7 +133,7 @@ def test_auto_scale_lr_scales_with_the_batch_and_the_work_dir_is_the_configs_ste
     output = run(ROOT / 'tools/train.py', CONFIG, '--auto-scale-lr', '--verbose', *scale, cwd=place)
     assert 'Scaling the original LR by 0.25' in output
     assert (place / 'work_dirs/volo_tiny_toy_streets/iter_4.pth').is_file()
-    assert 'needs auto_scale_lr=' in fails(ROOT / 'tools/train.py', CONFIG, '--auto-scale-lr', *options(), cwd=place)
+    assert 'requires auto_scale_lr=' in fails(ROOT / 'tools/train.py', CONFIG, '--auto-scale-lr', *options(), cwd=place)
 
 
 def test_test_prints_and_saves_the_metrics(place, checkpoint):
@@ -267,7 +267,7 @@ def test_batch_of_one_with_batch_norm_in_the_pyramid_pooling(place):
 def test_cuda_without_a_gpu(place, checkpoint):
     sentence = fails(ROOT / 'tools/infer.py', CONFIG, checkpoint, scene(place), '--device', 'cuda', cwd=place)
     assert '--device cuda cannot be used' in sentence and '--device auto' in sentence
-    assert '--amp needs a GPU' in fails(ROOT / 'tools/train.py', CONFIG, '--amp', *options(), cwd=place)
+    assert '--amp requires a GPU' in fails(ROOT / 'tools/train.py', CONFIG, '--amp', *options(), cwd=place)
 
 
 def test_checkpoint_missing_truncated_foreign_or_unsafe(place, checkpoint, tmp_path):

@@ -12,7 +12,9 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import init_default_scope
 from mmengine.runner import CheckpointLoader
-from mmseg.registry import HOOKS, MODELS
+from mmseg.datasets import CityscapesDataset
+from mmseg.models import FCNHead
+from mmseg.registry import DATASETS, HOOKS, MODELS
 from mmseg.structures import SegDataSample
 from PIL import Image
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -22,7 +24,7 @@ from mmseg_volo.apis.testing import test as measure
 from mmseg_volo.apis.training import train
 from mmseg_volo.benchmark.step import profile_step
 from mmseg_volo.checkpoints.reading import read_ahead
-from mmseg_volo.config import load_config
+from mmseg_volo.config import data_sets, load_config, type_name, without_steps
 from mmseg_volo.datasets.toy_streets import make_toy_streets
 from mmseg_volo.error_messages import one_sentence_errors
 from mmseg_volo.errors import UserError
@@ -203,3 +205,30 @@ def test_a_file_that_was_replaced_is_read_again(tmp_path):
         if value == 0:
             read_ahead(str(path))
     assert CheckpointLoader.load_checkpoint(str(path))['state_dict']['a'] == 1
+
+
+def test_a_type_is_named_in_three_ways():
+    for kind in ('FCNHead', 'mmseg.FCNHead', FCNHead):
+        assert type_name(dict(type=kind)) == 'FCNHead'
+
+
+def test_steps_are_left_out_at_any_depth():
+    load, flip, pack = (dict(type=name) for name in ('LoadAnnotations', 'RandomFlip', 'PackSegInputs'))
+    pipeline = [load, dict(type='TestTimeAug', transforms=[[flip], [load], [flip, load, pack]])]
+    assert without_steps(pipeline, ['LoadAnnotations']) == [dict(type='TestTimeAug', transforms=[[flip], [flip, pack]])]
+
+
+@pytest.mark.parametrize('built', [False, True])
+def test_data_sets_are_found_inside_their_wrappers(toy, built):
+    cfg = load_config(CONFIG, options(toy))
+    leaf = cfg.train_dataloader.dataset.to_dict()
+    wrapped = dict(type='ConcatDataset', datasets=[leaf, dict(type='RepeatDataset', times=2, dataset=leaf)])
+    init_default_scope('mmseg')
+    found = data_sets(DATASETS.build(wrapped) if built else wrapped)
+    assert [type(dataset) for dataset in found] == [CityscapesDataset if built else dict] * 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+def test_amp_without_a_gpu_is_refused(toy, tmp_path):
+    with pytest.raises(UserError, match='--amp requires a GPU'):
+        train(CONFIG, str(tmp_path), amp=True, cfg_options=options(toy))

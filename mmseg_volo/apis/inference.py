@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .._files import whole
-from ..config import data_sets, load_config, make_writable
+from ..config import data_sets, load_config, make_writable, without_steps
 from ..errors import UserError
 from ..models.pretrained import load_segmentor
 from ..models.segmentor import last_head
@@ -178,7 +178,9 @@ class _Predictor:
         self.tester = MODELS.build(dict(cfg.tta_model, module=self.model)) if tta else self.model
         self.segments = hasattr(self.tester, 'segment')  # as ours does, without packing
         steps = cfg.tta_pipeline if tta else data_sets(cfg.test_dataloader.dataset)[0].pipeline
-        self.pipeline = Compose(_on_arrays(steps, packed=not self.segments))
+        # Images come decoded and without labels, and a model that segments takes them without packing.
+        left_out = ('LoadImageFromFile', 'LoadAnnotations', *(['PackSegInputs'] if self.segments else []))
+        self.pipeline = Compose([dict(type='LoadImageFromNDArray'), *without_steps(steps, left_out)])
 
     @torch.no_grad()
     def labels(self, image: np.ndarray) -> np.ndarray:
@@ -215,20 +217,6 @@ class _Predictor:
         kind = torch.device(self.device).type
         lacks_bfloat16 = kind == 'cuda' and not torch.cuda.is_bf16_supported()
         return torch.autocast(kind, torch.float16 if lacks_bfloat16 else torch.bfloat16, enabled=self.amp)
-
-
-def _on_arrays(pipeline: Sequence[dict], packed: bool) -> list[dict]:
-    """A test pipeline for images decoded already, without labels, and without its last step unless ``packed``."""
-    left_out = ('LoadImageFromFile', 'LoadAnnotations') + (() if packed else ('PackSegInputs',))
-
-    def kept(steps: Sequence[dict]) -> list[dict]:
-        return [step for step in steps if step['type'] not in left_out]
-
-    steps = [dict(type='LoadImageFromNDArray'), *kept(pipeline)]
-    for i, step in enumerate(steps):
-        if step['type'] == 'TestTimeAug':
-            steps[i] = dict(type='TestTimeAug', transforms=[kept(group) for group in step['transforms'] if kept(group)])
-    return steps
 
 
 def _segment_image(path: str, out: Path, name: str, predictor: _Predictor, save: Sequence[str], opacity: float) -> None:

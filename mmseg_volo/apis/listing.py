@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from ..config import data_sets, shipped_configs
+from ..config import data_sets, shipped_configs, type_name
 from ..errors import UserError
 from ..models import ARCHITECTURES, VOLO
 
@@ -37,10 +37,10 @@ def list_configs(pattern: str = '*') -> None:
     for name, path in tqdm(chosen.items(), desc='configs', leave=False, disable=None):
         cfg = Config.fromfile(path)
         backbone, head = cfg.model.backbone, cfg.model.decode_head
-        dataset = _name(data_sets(cfg.train_dataloader.dataset)[0]['type']).removesuffix('Dataset')
+        dataset = type_name(data_sets(cfg.train_dataloader.dataset)[0]).removesuffix('Dataset')
         parameters = sum(p.numel() for p in _built(cfg.model).parameters()) / 1e6
         variant = backbone.get('arch') or backbone.get('model_name') or ''
-        row = [f'{_name(backbone.type)} {variant}'.strip(), _name(head.type), dataset]
+        row = [f'{type_name(backbone)} {variant}'.strip(), type_name(head), dataset]
         table.add_row([name, *row, f'{parameters:.1f}'])
     print(table)
 
@@ -76,7 +76,3 @@ def _built(settings: dict) -> nn.Module:
                 return MODELS.build(settings)
         except RuntimeError:  # mmseg's Swin reads numbers from tensors
             return MODELS.build(settings)
-
-
-def _name(kind: str | type) -> str:
-    return kind if isinstance(kind, str) else kind.__name__

@@ -24,7 +24,7 @@ from prettytable import PrettyTable
 from .._files import file_sha256
 from .._version import __version__
 from ..checkpoints.download import local_copy
-from ..config import data_sets, load_config, make_writable, set_work_dir
+from ..config import data_sets, load_config, make_writable, set_work_dir, without_steps
 from ..datasets.checks import check_data
 from ..engine.console import runner_on_terminal
 from ..engine.distributed import join_processes
@@ -165,22 +165,11 @@ def _sha256(content: bytes) -> str:
 
 
 def _leave_out_labels(cfg: Config) -> None:
-    """Test sets of benchmarks have none."""
+    """Load no labels: those of a benchmark's test set are secret."""
     for settings in data_sets(cfg.test_dataloader.dataset):
         settings.get('data_prefix', {}).pop('seg_map_path', None)
-        settings.pipeline = _without_labels(settings.pipeline)
-    cfg.tta_pipeline = _without_labels(cfg.get('tta_pipeline', []))
-
-
-def _without_labels(steps: Sequence) -> list:
-    kept = []
-    for step in steps:
-        if isinstance(step, Sequence):  # the alternatives of TestTimeAug
-            kept += [alternatives] if (alternatives := _without_labels(step)) else []
-        elif step['type'] != 'LoadAnnotations':
-            inner = dict(transforms=_without_labels(step['transforms'])) if 'transforms' in step else {}
-            kept.append({**step, **inner})
-    return kept
+        settings.pipeline = without_steps(settings.pipeline, ['LoadAnnotations'])
+    cfg.tta_pipeline = without_steps(cfg.get('tta_pipeline', []), ['LoadAnnotations'])
 
 
 def _use_server_format(cfg: Config, name: str, folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Training, one call."""
+"""Train a segmentor with one call."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ from mmengine.runner import Runner
 from ..checkpoints.download import local_copy
 from ..checkpoints.hook import DurableCheckpointHook, StoppedBySignal, newest_whole_checkpoint
 from ..checkpoints.reading import read_ahead
-from ..config import decode_heads, load_config, set_work_dir
+from ..config import data_sets, decode_heads, load_config, set_work_dir, type_name
 from ..datasets.checks import check_data
 from ..engine.console import runner_on_terminal
 from ..engine.distributed import join_processes
@@ -33,19 +33,25 @@ def train(
     deterministic: bool = False,
     verbose: bool = False,
 ) -> Runner:
-    """Train what ``config`` describes, and return the runner.
+    """Train the model of a config and return the runner.
 
-    SIGTERM and Ctrl-C save a checkpoint and exit with 128 + the signal's number.
+    SIGTERM and Ctrl-C save a checkpoint and exit with 128 + the signal number.
 
     Args:
-        resume: ``'auto'`` for the newest whole checkpoint in the work dir, if there is one; a path; or None.
-        seed: of Python, numpy and torch; None draws one and logs it, or takes that of the resumed run.
-        deterministic: only operators that give the same bits each time; slower on a GPU.
+        config: a file, or the name of a shipped config.
+        work_dir: folder for checkpoints and logs; ``work_dirs/<config name>`` by default.
+        resume: a checkpoint to resume from; ``'auto'`` for the newest undamaged one in the work dir, if any.
+        amp: mixed precision, on a GPU.
+        auto_scale_lr: scale the learning rate to the batch size of this run.
+        cfg_options: values that override the config, by dotted key.
+        launcher: how the processes of a distributed run were started: ``'pytorch'``, ``'slurm'`` or ``'mpi'``.
+        seed: random seed for Python, NumPy and PyTorch; None keeps that of a resumed run, else draws one and logs it.
+        deterministic: use only operators that give the same bits in every run; slower on a GPU.
         verbose: print everything that goes into the log file.
 
     Raises:
-        UserError: before the first iteration, for anything in config, data or checkpoints that cannot work; later for
-            a loss that is not finite, a data-loader worker that dies, or a full disk.
+        UserError: before the first iteration, if the config, the data or a checkpoint cannot be used; later, for a loss
+            that is not finite, a data-loader worker that dies, or a full disk.
     """
     cfg = load_config(config, cfg_options or {})
     join_processes(cfg, launcher)
@@ -53,7 +59,7 @@ def train(
         _enable_amp(cfg)
     if auto_scale_lr:
         if 'auto_scale_lr' not in cfg:
-            raise UserError(f'--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in {config}')
+            raise UserError(f'--auto-scale-lr requires auto_scale_lr=dict(base_batch_size=...) in {config}')
         cfg.auto_scale_lr.enable = True
     _check_batch(cfg)
     check_data(cfg, ('train', 'val') if cfg.get('val_dataloader') else ('train',))
@@ -91,7 +97,7 @@ def train(
 
 
 def _find_start(cfg: Config, resume: str | None) -> int | None:
-    """Set ``cfg.load_from`` to a checkpoint that can be read; returns the seed of the run to go on with."""
+    """Set ``cfg.load_from`` to a readable checkpoint; returns the seed of the run that is resumed."""
     contents: dict = {}
     if resume == 'auto':
         cfg.load_from, contents = newest_whole_checkpoint(cfg.work_dir) or (None, {})
@@ -102,8 +108,8 @@ def _find_start(cfg: Config, resume: str | None) -> int | None:
         return None
     if not {'meta', 'message_hub', 'optimizer'} <= contents.keys():
         raise UserError(
-            f'--resume cannot go on from {cfg.load_from}, which holds no optimizer: take an iter_*.pth, '
-            f'or start anew from its weights with --cfg-options load_from={cfg.load_from}'
+            f'--resume cannot use {cfg.load_from}, which holds no optimizer: resume from an iter_*.pth, '
+            f'or start a new run from its weights with --cfg-options load_from={cfg.load_from}'
         )
     return contents['meta'].get('seed')
 
@@ -115,36 +121,30 @@ def _set_randomness(cfg: Config, seed: int | None, deterministic: bool) -> None:
     if deterministic:
         cfg.randomness.deterministic = True
         cfg.env_cfg.cudnn_benchmark = False
-        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # torch's condition for matrix products on a GPU
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # PyTorch requires it for matrix products on a GPU
 
 
 def _explain_dead_worker(error: RuntimeError, runner: Runner) -> None:
-    """Raise ``UserError`` with the file it was reading, if ``error`` tells of a data-loader worker's death."""
+    """If a data-loader worker died, raise ``UserError`` with the file that it was reading."""
     dead = re.search(r'DataLoader worker \(pid(?:\(s\))? (\d+)[\d, ]*\) (.*)', str(error))
     if dead is None:
         return
     file = None
-    for dataset in _innermost(runner.train_dataloader.dataset):
+    for dataset in data_sets(runner.train_dataloader.dataset):
         for transform in dataset.pipeline.transforms:
             if isinstance(transform, BeginSample):
                 file = file or transform.last_file(int(dead[1]))
     raise UserError(
-        f'data-loader worker {dead[1]} {dead[2].rstrip(". ")} while reading {file or "the validation set"}; '
-        'if memory ran out, use fewer: --cfg-options train_dataloader.num_workers=1'
+        f'data-loader worker {dead[1]} {dead[2].rstrip(". ")} while reading {file or "data"}; '
+        'if memory ran out, use fewer workers: --cfg-options train_dataloader.num_workers=1'
     ) from None
-
-
-def _innermost(dataset) -> list:
-    """Data sets inside RepeatDataset, ConcatDataset and the like."""
-    inside = getattr(dataset, 'datasets', None) or [d for d in [getattr(dataset, 'dataset', None)] if d is not None]
-    return [leaf for part in inside for leaf in _innermost(part)] if inside else [dataset]
 
 
 def _enable_amp(cfg: Config) -> None:
     if not torch.cuda.is_available():
-        raise UserError('--amp needs a GPU, and torch finds none; leave it out on a CPU')
-    if cfg.optim_wrapper.type not in ('OptimWrapper', 'AmpOptimWrapper'):
-        raise UserError(f'--amp goes with OptimWrapper, but the config has {cfg.optim_wrapper.type}')
+        raise UserError('--amp requires a GPU, but PyTorch finds none; leave it out on a CPU')
+    if type_name(cfg.optim_wrapper) not in ('OptimWrapper', 'AmpOptimWrapper'):
+        raise UserError(f'--amp requires OptimWrapper, but the config has {type_name(cfg.optim_wrapper)}')
     dtype = cfg.optim_wrapper.get('dtype') or ('bfloat16' if torch.cuda.is_bf16_supported() else 'float16')
     # bfloat16 has float32's range: nothing to scale.
     loss_scale = cfg.optim_wrapper.get('loss_scale', 1.0 if dtype == 'bfloat16' else 'dynamic')
@@ -155,9 +155,10 @@ def _check_batch(cfg: Config) -> None:
     if cfg.train_dataloader.batch_size != 1 or (cfg.launcher != 'none' and cfg.get('sync_bn')):
         return
     for head in decode_heads(cfg):
-        pools_to_one_pixel = head.type in ('UPerHead', 'PSPHead') and 1 in head.get('pool_scales', (1,))
-        if pools_to_one_pixel and (head.get('norm_cfg') or {}).get('type') in ('BN', 'SyncBN', 'BN2d'):
+        kind, norm = type_name(head), head.get('norm_cfg') or {}
+        pools_to_one_pixel = kind in ('UPerHead', 'PSPHead') and 1 in head.get('pool_scales', (1,))
+        if pools_to_one_pixel and norm.get('type') in ('BN', 'SyncBN', 'BN2d'):
             raise UserError(
-                f'train_dataloader.batch_size=1 cannot train {head.type}: BatchNorm sees one pixel per channel in its '
+                f'train_dataloader.batch_size=1 cannot train {kind}: BatchNorm sees one pixel per channel in its '
                 'pyramid pooling; use 2 or more, or --cfg-options model.decode_head.norm_cfg.type=LN2d'
             )

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from prettytable import PrettyTable
 from tqdm import tqdm
 
-from ..config import SPLITS, data_sets, decode_heads, load_config, picture_path, set_work_dir
+from ..config import SPLITS, data_sets, decode_heads, load_config, picture_path, set_work_dir, type_name
 from ..errors import UserError
 from ..visualization import overlay, save_whole, side_by_side, with_legend
 
@@ -147,7 +147,7 @@ class _DataSet:
                 )
         self.dataset = DATASETS.build({**settings, 'pipeline': []})
         pipeline = settings.get('pipeline', [])
-        self.load = next((TRANSFORMS.build(step) for step in pipeline if step['type'] == 'LoadAnnotations'), None)
+        self.load = next((TRANSFORMS.build(step) for step in pipeline if type_name(step) == 'LoadAnnotations'), None)
         self.num_classes = num_classes
         if self.load and not self.dataset.data_prefix.get('seg_map_path'):
             raise UserError(f'the {split} data loads labels, but has no data_prefix.seg_map_path to load them from')
