@@ -1,7 +1,11 @@
-"""Nothing is lost: what a run leaves behind when it is stopped, and how it goes on."""
+"""A run that is stopped leaves whole checkpoints, and a resumed one ends as an undisturbed one does."""
 
 import os
 import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -27,7 +31,7 @@ class Lightning(Exception):
 
 @HOOKS.register_module()
 class DoAtHook(Hook):
-    """Send this process a signal in the midst of an iteration, or strike it with lightning."""
+    """Send this process a signal, or raise ``Lightning``, at the start of an iteration."""
 
     def __init__(self, iteration: int, number: int | None = None):
         self.iteration, self.number = iteration, number
@@ -66,7 +70,7 @@ def run(toy: Path, work_dir: Path, *hooks: dict, **settings: object):
 
 @pytest.fixture(scope='module')
 def whole(toy, tmp_path_factory) -> Path:
-    """Work dir of a run that nothing disturbed."""
+    """Work dir of an undisturbed run."""
     work_dir = tmp_path_factory.mktemp('whole')
     run(toy, work_dir, seed=0)
     return work_dir
@@ -118,10 +122,53 @@ def test_a_signal_saves_and_exits_with_its_status(toy, whole, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         run(toy, tmp_path, dict(type='DoAtHook', iteration=2, number=int(signal.SIGTERM)), seed=0)
     assert end.value.code == 143
-    assert f'stopped by SIGTERM; --resume goes on from {tmp_path}/iter_3.pth' in capsys.readouterr().err
+    assert f'stopped by SIGTERM; continue with --resume from {tmp_path}/iter_3.pth' in capsys.readouterr().err
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
     run(toy, tmp_path, resume='auto')
     assert_same_weights(*(read_checkpoint(folder / 'iter_6.pth') for folder in (tmp_path, whole)))
+
+
+def test_mmsegs_own_train_tool_saves_on_sigterm(toy, tmp_path):
+    tool = Path(find_spec('mmseg').origin).with_name('.mim') / 'tools/train.py'
+    work_dir = tmp_path / 'work'
+    options = [
+        *[f'{split}_dataloader.dataset.data_root={toy}' for split in ('train', 'val', 'test')],
+        'train_cfg.max_iters=100000',
+        'default_hooks.logger.interval=1',
+        'train_dataloader.batch_size=2',
+        'train_dataloader.num_workers=1',
+        'randomness.seed=0',
+    ]
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+    command = [sys.executable, tool, CONFIG, '--work-dir', work_dir, '--cfg-options', *options]
+    with (tmp_path / 'output').open('w') as output:
+        training = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            deadline = time.monotonic() + 240
+            while not any('loss: ' in log.read_text() for log in work_dir.glob('*/*.log')):
+                assert training.poll() is None and time.monotonic() < deadline, (tmp_path / 'output').read_text()
+                time.sleep(0.1)
+            training.terminate()
+            assert training.wait(120) == 143, (tmp_path / 'output').read_text()
+        finally:
+            training.kill()
+    printed = (tmp_path / 'output').read_text()
+    path, contents = newest_whole_checkpoint(work_dir)
+    assert f'stopped by SIGTERM; continue with --resume from {path}' in printed and 'Traceback' not in printed
+    assert contents['meta']['iter'] >= 1 and 'optimizer' in contents
+
+
+def test_a_signal_after_a_failed_training_is_not_swallowed(toy, tmp_path):
+    with pytest.raises(Lightning):
+        run(toy, tmp_path, dict(type='DoAtHook', iteration=1), seed=0)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_finished_training_restores_the_signal_handlers(toy, tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    run(toy, tmp_path, seed=0)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 def test_the_last_checkpoint_stays_until_the_next_is_whole(toy, tmp_path, monkeypatch):
@@ -146,7 +193,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr(os, 'fsync', full)
-    with pytest.raises(UserError, match=r'cannot write .*x\.pth \(No space left on device\); make room'):
+    with pytest.raises(UserError, match=r'cannot write .*x\.pth \(No space left on device\); free some space'):
         backend.put(b'two', path)
     assert path.read_bytes() == b'one' and list(path.parent.iterdir()) == [path]
 
@@ -170,7 +217,7 @@ def test_a_damaged_checkpoint_is_skipped(tmp_path):
     assert path == str(tmp_path / 'iter_9.pth') and contents['meta']['iter'] == 9
     for number in (8, 9):
         (tmp_path / f'iter_{number}.pth').write_bytes(b'')
-    with pytest.raises(UserError, match='no checkpoint in .* is whole'):
+    with pytest.raises(UserError, match='every checkpoint in .* is damaged'):
         newest_whole_checkpoint(tmp_path)
 
 

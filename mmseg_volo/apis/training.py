@@ -3,15 +3,13 @@
 import errno
 import os
 import re
-import sys
-from contextlib import ExitStack
 
 import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
 
 from ..checkpoints.download import local_copy
-from ..checkpoints.hook import DurableCheckpointHook, StoppedBySignal, newest_whole_checkpoint
+from ..checkpoints.hook import DurableCheckpointHook, newest_whole_checkpoint
 from ..checkpoints.reading import read_ahead
 from ..config import data_sets, decode_heads, load_config, set_work_dir, type_name
 from ..datasets.checks import check_data
@@ -72,14 +70,7 @@ def train(
         if cfg.resume and cfg.load_from:
             runner.logger.info(f'resuming from {cfg.load_from}')
         try:
-            with ExitStack() as stack:
-                for hook in runner.hooks:
-                    if isinstance(hook, DurableCheckpointHook):
-                        stack.enter_context(hook.catching_signals(runner))
-                runner.train()
-        except StoppedBySignal as stop:
-            print(stop, file=sys.stderr)
-            sys.exit(128 + stop.number)
+            runner.train()
         except RuntimeError as error:
             _explain_dead_worker(error, runner)
             raise
@@ -129,6 +120,9 @@ def _explain_dead_worker(error: RuntimeError, runner: Runner) -> None:
     dead = re.search(r'DataLoader worker \(pid(?:\(s\))? (\d+)[\d, ]*\) (.*)', str(error))
     if dead is None:
         return
+    for hook in runner.hooks:
+        if isinstance(hook, DurableCheckpointHook):
+            hook.exit_if_asked(runner)  # the signal may have ended the workers, too
     file = None
     for dataset in data_sets(runner.train_dataloader.dataset):
         for transform in dataset.pipeline.transforms:

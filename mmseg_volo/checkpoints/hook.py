@@ -1,11 +1,14 @@
-"""Checkpoints that survive whatever happens while they are written."""
+"""Checkpoints that survive interruptions: full disks, signals and killed processes."""
 
 import os
 import re
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+import threading
+import traceback
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 import torch
 from mmengine.dist import all_reduce, get_world_size, is_main_process
@@ -20,27 +23,18 @@ from ..errors import UserError
 from .reading import read_ahead
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-AGREE_EVERY = 10  # iterations between two exchanges of several processes about a signal
-
-
-class StoppedBySignal(Exception):
-    """Training stopped because it was asked to, and can go on; says from where."""
-
-    def __init__(self, number: int, checkpoint: str | None):
-        start = checkpoint or 'the start: no checkpoint was due yet'
-        super().__init__(f'stopped by {signal.Signals(number).name}; --resume goes on from {start}')
-        self.number = number
+AGREE_EVERY = 10  # iterations after which distributed processes tell each other about signals
 
 
 @register_backend('durable')
 class DurableBackend(LocalBackend):
-    """A file appears under its name when all of it is on the disk; what is removed stays until ``remove_outdated``."""
+    """Local files that appear only when they are completely on the disk, and stay until ``remove_outdated``."""
 
     def __init__(self):
         self.outdated: list[str] = []
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
-        """Write ``obj`` under a temporary name, flush it, rename it; raises ``UserError`` where the disk is full."""
+        """Write ``obj`` under a temporary name, flush it and rename it; raises ``UserError`` if the disk is full."""
         path = Path(filepath)
         try:
             with whole(path) as partial, partial.open('wb') as file:
@@ -49,32 +43,33 @@ class DurableBackend(LocalBackend):
                 os.fsync(file.fileno())
             folder = os.open(path.parent, os.O_RDONLY)
             try:
-                os.fsync(folder)  # else the rename may not outlive a power cut
+                os.fsync(folder)  # otherwise a power cut may undo the rename
             finally:
                 os.close(folder)
         except OSError as error:
             raise UserError(
-                f'cannot write {path} ({error.strerror}); make room and go on with --resume: earlier '
-                'checkpoints are whole'
+                f'cannot write {path} ({error.strerror}); free some space and continue with --resume: the earlier '
+                'checkpoints are intact'
             ) from None
 
     def remove(self, filepath: str | Path) -> None:
-        """Note ``filepath`` for ``remove_outdated``."""
+        """Mark ``filepath`` for removal by ``remove_outdated``."""
         self.outdated.append(str(filepath))
 
     def remove_outdated(self) -> None:
-        """Remove what was noted."""
+        """Remove the files that were marked."""
         while self.outdated:
             Path(self.outdated.pop()).unlink(missing_ok=True)
 
 
 @HOOKS.register_module()
 class DurableCheckpointHook(CheckpointHook):
-    """mmengine's CheckpointHook that loses nothing: killed anywhere, the run ends as if it had not been.
+    """mmengine's CheckpointHook for runs that may be killed at any time: a resumed run ends as an undisturbed one does.
 
-    A checkpoint appears when it is whole, and those it replaces go after that. A validation that was due when the run
-    died is made up for on resuming. SIGTERM and Ctrl-C save a checkpoint and raise ``StoppedBySignal``; a second one
-    stops at once. Its arguments are CheckpointHook's.
+    A checkpoint appears when it is complete, and only then are older ones removed. A validation that was due when the
+    run was killed runs first on resuming. SIGTERM and Ctrl-C end the training after the current iteration: a
+    checkpoint is saved, and the process exits with 128 + the signal's number. A second signal stops it at once.
+    The arguments are those of CheckpointHook.
     """
 
     def __init__(self, *args, **kwargs):
@@ -82,10 +77,12 @@ class DurableCheckpointHook(CheckpointHook):
         self.asked_to_stop = 0
         self.saved_iter = None
         self.validating = False
+        self.previous_handlers: dict = {}
 
     def before_train(self, runner: Runner) -> None:
-        """Tidy up after a killed run, and validate if that was due next."""
+        """Catch signals, clean up after a killed run, and validate if that was due next."""
         super().before_train(runner)
+        self._catch_signals(runner)
         self.file_backend.remove_outdated()
         if is_main_process():
             outdated = runner.message_hub.runtime_info.get('outdated_checkpoints', [])
@@ -95,65 +92,78 @@ class DurableCheckpointHook(CheckpointHook):
         if runner.iter:  # resumed
             self.last_ckpt, self.saved_iter = runner.message_hub.runtime_info.get('last_ckpt'), runner.iter
             if _validation_is_due(runner):
-                runner.message_hub.update_info('iter', runner.iter - 1)  # as mmengine has it in any other validation
+                runner.message_hub.update_info('iter', runner.iter - 1)  # as in mmengine's other validations
                 runner.val_loop.run()
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Note in the checkpoint which files it replaces."""
+        """Record in the checkpoint which files it replaces."""
         names = [Path(path).name for path in self.file_backend.outdated]
         checkpoint['message_hub']['runtime_info']['outdated_checkpoints'] = names
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        """Save if it is time to, or if a signal came."""
+        """Save a checkpoint if one is due or a signal came; in the latter case exit."""
         super().after_train_iter(runner, batch_idx, data_batch, outputs)
         if get_world_size() == 1 or self.every_n_train_iters(runner, AGREE_EVERY):
             number = self._agreed_signal()
             if number:
                 if self.saved_iter != runner.iter + 1:
                     self._save_checkpoint(runner)
-                raise StoppedBySignal(number, self.last_ckpt)
+                self._exit(number)
 
     def before_val_epoch(self, runner: Runner) -> None:
-        """From here on the model may hold averaged weights."""
+        """Save nothing from here on, because the model may hold averaged weights."""
         self.validating = True
 
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
-        """Save if it is the best so far."""
+        """Save the best checkpoint so far."""
         self.validating = False
         super().after_val_epoch(runner, metrics)
 
     def after_val_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        """Stop if a signal came and nothing is lost by it: the validation comes again on resuming."""
+        """Exit if a signal came and the checkpoint is up to date: the validation is repeated on resuming."""
         if self.asked_to_stop and get_world_size() == 1 and self.last_ckpt and self.saved_iter == runner.iter:
-            raise StoppedBySignal(self.asked_to_stop, self.last_ckpt)
+            self._exit(self.asked_to_stop)
 
-    @contextmanager
-    def catching_signals(self, runner: Runner) -> Iterator[None]:
-        """While inside, SIGTERM and Ctrl-C end the training after the iteration at hand; raises ``StoppedBySignal``."""
-        process = os.getpid()
+    def after_run(self, runner: Runner) -> None:
+        """Restore the signal handlers."""
+        self._restore_handlers()
 
-        def note(number: int, frame: object) -> None:
-            if os.getpid() != process:  # a data-loader worker: the training still needs it
-                return
-            self.asked_to_stop = number
-            for each, handler in before.items():
-                signal.signal(each, handler)
-            # Slurm sends SIGTERM to data-loader workers, too; torch would raise on their deaths at any moment.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-
-        before = {number: signal.signal(number, note) for number in SIGNALS}
-        try:
-            yield
-        except RuntimeError as error:
-            if not (self.asked_to_stop and 'DataLoader worker' in str(error)):
-                raise
-            # No more data: between two iterations, or in a validation.
+    def exit_if_asked(self, runner: Runner) -> None:
+        """Save a checkpoint and exit if a signal came, when the iteration cannot end for lack of data."""
+        if self.asked_to_stop:
             if not self.validating and self.saved_iter != runner.iter:
                 self._save_checkpoint_with_step(runner, runner.iter, dict(epoch=runner.epoch, iter=runner.iter))
-            raise StoppedBySignal(self.asked_to_stop, self.last_ckpt) from None
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            self._exit(self.asked_to_stop)
+
+    def _catch_signals(self, runner: Runner) -> None:
+        if self.previous_handlers or threading.current_thread() is not threading.main_thread():
+            return  # Python allows signal handlers in the main thread only
+        process, training = os.getpid(), type(runner).train.__code__
+
+        def note(number: int, frame: FrameType | None) -> None:
+            if os.getpid() != process:  # a data-loader worker, which the training still needs
+                return
+            self._restore_handlers()
+            if not any(caller.f_code is training for caller, _ in traceback.walk_stack(frame)):
+                signal.raise_signal(number)  # an exception ended the training, which no hook is told
+                return
+            self.asked_to_stop = number
+            # Slurm sends SIGTERM to data-loader workers, too; torch would raise an error as soon as one ends.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+        self.previous_handlers = {number: signal.signal(number, note) for number in SIGNALS}
+
+    def _restore_handlers(self) -> None:
+        for number, handler in self.previous_handlers.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self.previous_handlers = {}
+
+    def _exit(self, number: int) -> NoReturn:
+        """Exit with the status that shells give to a process ended by this signal."""
+        if is_main_process():
+            how = f'continue with --resume from {self.last_ckpt}' if self.last_ckpt else 'no checkpoint was due yet'
+            print(f'stopped by {signal.Signals(number).name}; {how}', file=sys.stderr)
+        sys.exit(128 + number)
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         super()._save_checkpoint_with_step(runner, step, meta)
@@ -171,10 +181,10 @@ class DurableCheckpointHook(CheckpointHook):
 
 
 def newest_whole_checkpoint(folder: str | Path) -> tuple[str, dict] | None:
-    """Path and contents of the checkpoint of a run with the most iterations that can be read; damaged ones are named.
+    """Path and contents of a run's newest readable checkpoint; newer damaged ones are skipped with a warning.
 
     Raises:
-        UserError: there are checkpoints, but none is whole.
+        UserError: every checkpoint in ``folder`` is damaged.
     """
     found = {path: re.fullmatch(r'(?:iter|epoch)_(\d+)\.pth', path.name) for path in Path(folder).glob('*.pth')}
     newest_first = sorted((path for path in found if found[path]), key=lambda path: -int(found[path][1]))
@@ -182,10 +192,10 @@ def newest_whole_checkpoint(folder: str | Path) -> tuple[str, dict] | None:
         try:
             return str(path), read_ahead(str(path))
         except UserError as error:
-            MMLogger.get_current_instance().warning(f'skipped on resuming: {error}')
+            MMLogger.get_current_instance().warning(f'skipped when resuming: {error}')
     if newest_first:
         raise UserError(
-            f'no checkpoint in {folder} is whole; move them away to start anew, or choose another --work-dir'
+            f'every checkpoint in {folder} is damaged; move them away to start anew, or choose another --work-dir'
         )
     return None
 

@@ -121,7 +121,7 @@ def damaged(report, place, settings) -> None:
     newest = max(work_dir.glob('iter_*.pth'), key=lambda path: int(path.stem.split('_')[1]))
     os.truncate(newest, newest.stat().st_size // 2)
     assert wait(start_training(work_dir, seed=0, **settings)) == 0, Path(f'{work_dir}.log').read_text()
-    said = f'skipped on resuming: {newest}' in Path(f'{work_dir}.log').read_text()
+    said = f'skipped when resuming: {newest}' in Path(f'{work_dir}.log').read_text()
     found = differences(work_dir, place / 'whole')
     report.row('newest checkpoint cut in half: skipped with a warning', said, True, said)
     report.row('bit differences after --resume', '; '.join(found) or 0, 0, not found)
