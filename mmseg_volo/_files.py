@@ -1,8 +1,9 @@
-"""Files: written whole or not at all, and their SHA-256."""
+"""Files: written whole or not at all, their SHA-256, and distinct names for outputs."""
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,3 +29,20 @@ def file_sha256(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def distinct_names(files: Sequence[str]) -> dict[str, str]:
+    """Names for outputs by input file: stems, or if two are equal, paths relative to the folder common to all files.
+
+    The suffix is kept where it alone makes a name unique (``a.jpg`` next to ``a.png``).
+    """
+    stems = [Path(file).stem for file in files]
+    if len(set(stems)) == len(stems):
+        return dict(zip(files, stems, strict=True))
+    absolute = [os.path.abspath(file) for file in files]
+    common = os.path.commonpath([os.path.dirname(file) for file in absolute])
+    names = [os.path.relpath(file, common) for file in absolute]
+    stems = [os.path.splitext(name)[0] for name in names]
+    count = Counter(stems)
+    chosen = [name if count[stem] > 1 else stem for name, stem in zip(names, stems, strict=True)]
+    return dict(zip(files, chosen if len(set(chosen)) == len(chosen) else names, strict=True))

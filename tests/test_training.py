@@ -1,7 +1,12 @@
 """Training, testing and inference of configs that mmseg accepts."""
 
 import gc
+import shutil
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 from zipfile import ZipFile
 
@@ -19,6 +24,7 @@ from mmseg.structures import SegDataSample
 from PIL import Image
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from mmseg_volo import CPUMemoryHook
 from mmseg_volo.apis.inference import infer
 from mmseg_volo.apis.testing import test as measure
 from mmseg_volo.apis.training import train
@@ -232,3 +238,40 @@ def test_data_sets_are_found_inside_their_wrappers(toy, built):
 def test_amp_without_a_gpu_is_refused(toy, tmp_path):
     with pytest.raises(UserError, match='--amp requires a GPU'):
         train(CONFIG, str(tmp_path), amp=True, cfg_options=options(toy))
+
+
+def test_pictures_of_equal_names_go_to_their_own_folders(toy, tmp_path):
+    for kind, suffix in (('leftImg8bit', 'leftImg8bit'), ('gtFine', 'gtFine_labelTrainIds')):
+        sources = sorted((toy / kind / 'val').rglob(f'*_{suffix}.png'))
+        for city, source in zip(('frankfurt', 'munster'), sources, strict=True):
+            target = tmp_path / 'data' / kind / 'val' / city / f'x_{suffix}.png'
+            target.parent.mkdir(parents=True)
+            shutil.copy(source, target)
+    settings = options(tmp_path / 'data')
+    init_default_scope('mmseg')
+    model = MODELS.build(load_config(CONFIG, settings).model)
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'x.pth')
+    shown = tmp_path / 'shown'
+    measure(CONFIG, str(tmp_path / 'x.pth'), str(tmp_path / 'work'), show_dir=str(shown), cfg_options=settings)
+    names = {str(path.relative_to(shown)) for path in shown.rglob('*.png')}
+    assert names == {'frankfurt/x_leftImg8bit.png', 'munster/x_leftImg8bit.png'}
+
+
+def test_memory_is_logged_on_a_system_that_measures_it(monkeypatch):
+    scalars: list = []
+    runner = SimpleNamespace(message_hub=SimpleNamespace(update_scalar=lambda *scalar: scalars.append(scalar)))
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    CPUMemoryHook().after_train_iter(runner, 0)
+    ((name, megabytes),) = scalars
+    assert name == 'train/memory' and 100 < megabytes < 10**6
+
+
+def test_the_package_works_without_the_module_resource_as_on_windows():
+    code = """
+        import sys
+        sys.modules['resource'] = None
+        import mmseg_volo.apis
+        mmseg_volo.CPUMemoryHook().after_train_iter(None, 0)
+    """
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', textwrap.dedent(code)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

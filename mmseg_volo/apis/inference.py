@@ -4,7 +4,6 @@ import glob
 import os
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -21,7 +20,7 @@ from mmseg.structures import SegDataSample
 from torch import Tensor
 from tqdm import tqdm
 
-from .._files import whole
+from .._files import distinct_names, whole
 from ..config import data_sets, load_config, make_writable, without_steps
 from ..errors import UserError
 from ..models.pretrained import load_segmentor
@@ -124,17 +123,7 @@ def _outputs(images: Sequence[str], out_dir: str) -> dict[str, str]:
             if not found:
                 raise UserError(f'no image, video, folder or pattern matches {item}')
         files += found
-    files = list({os.path.abspath(file): file for file in files}.values())
-    stems = [Path(file).stem for file in files]
-    if len(set(stems)) == len(stems):
-        return dict(zip(files, stems, strict=True))
-    absolute = [os.path.abspath(file) for file in files]
-    common = os.path.commonpath([os.path.dirname(file) for file in absolute])
-    names = [os.path.relpath(file, common) for file in absolute]
-    stems = [os.path.splitext(name)[0] for name in names]
-    count = Counter(stems)
-    telling = [name if count[stem] > 1 else stem for name, stem in zip(names, stems, strict=True)]  # a.jpg beside a.png
-    return dict(zip(files, telling if len(set(telling)) == len(telling) else names, strict=True))
+    return distinct_names(list({os.path.abspath(file): file for file in files}.values()))
 
 
 def _matches(pattern: str, out_dir: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Pictures of predictions, during training and testing."""
+"""Hooks that save predictions as pictures during training and testing."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,19 +12,20 @@ from mmengine.runner import Runner
 from mmseg.registry import HOOKS
 from mmseg.structures import SegDataSample
 
+from .._files import distinct_names
 from ..visualization import save_whole, truth_and_prediction
 
-MAX_HEIGHT = 512  # in pixels: what a browser shows, and a tenth of the bytes of a Cityscapes image
+MAX_HEIGHT = 512  # pixels: enough for a browser, and a tenth of the bytes of a Cityscapes image
 
 
 @HOOKS.register_module()
 class ValidationPicturesHook(Hook):
     """Send the same few images, with truth and prediction, to the visualizer's backends after every validation.
 
-    mmseg's ``SegVisualizationHook`` would draw every image of a test, too, and 15 s at each of Cityscapes' size.
+    mmseg's ``SegVisualizationHook`` also draws during tests, and takes 15 s for an image of Cityscapes' size.
 
     Args:
-        count: images per validation, at most, evenly spread.
+        count: largest number of images per validation; they are evenly spread over the data set.
     """
 
     def __init__(self, count: int = 4):
@@ -34,7 +35,7 @@ class ValidationPicturesHook(Hook):
     def after_val_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict, outputs: Sequence[SegDataSample]
     ) -> None:
-        """Once per batch; its first image may be drawn."""
+        """Draw the first image of a batch if it is one of the few."""
         loader = runner.val_dataloader
         if batch_idx % -(-len(loader) // self.count):
             return
@@ -53,19 +54,25 @@ class ValidationPicturesHook(Hook):
 
 @HOOKS.register_module()
 class SideBySideHook(Hook):
-    """Write image, truth and prediction of every tested image into one picture.
+    """Save image, truth and prediction of every tested image side by side as one picture.
 
     Args:
-        out_dir: gets ``<image's stem>.png``.
+        out_dir: folder for ``<image name>.png``, with the image's subfolders if two images have the same name.
     """
 
     def __init__(self, out_dir: str):
         self.out_dir = Path(out_dir)
 
+    def before_test_epoch(self, runner: Runner) -> None:
+        """Choose a distinct name for each image."""
+        dataset = runner.test_dataloader.dataset
+        paths = [dataset.get_data_info(i)['img_path'] for i in range(len(dataset))]
+        self.names = distinct_names(list(dict.fromkeys(paths)))
+
     def after_test_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict, outputs: Sequence[SegDataSample]
     ) -> None:
-        """Once per batch."""
+        """Save the pictures of a batch."""
         meta = runner.test_dataloader.dataset.metainfo
         for sample in outputs:
             image = mmcv.imread(sample.img_path, channel_order='rgb')
@@ -73,5 +80,5 @@ class SideBySideHook(Hook):
             prediction = sample.pred_sem_seg.data[0].cpu().numpy()
             save_whole(
                 truth_and_prediction(image, truth, prediction, meta['classes'], meta['palette']),
-                self.out_dir / f'{Path(sample.img_path).stem}.png',
+                self.out_dir / f'{self.names[sample.img_path]}.png',
             )
