@@ -3,7 +3,6 @@ from mmengine.config import read_base
 
 with read_base():
     from ._base_.ade20k import *
-    from ._base_.runtime import *
     from ._base_.schedule_160k import *
     from ._base_.upernet import *
 

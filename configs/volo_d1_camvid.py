@@ -3,7 +3,6 @@ from mmengine.config import read_base
 
 with read_base():
     from ._base_.camvid import *
-    from ._base_.runtime import *
     from ._base_.schedule_scratch import *
     from ._base_.upernet import *
 

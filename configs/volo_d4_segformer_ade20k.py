@@ -2,23 +2,13 @@
 from mmengine.config import read_base
 
 with read_base():
-    from ._base_.ade20k import *
-    from ._base_.runtime import *
-    from ._base_.schedule_160k import *
-    from ._base_.segformer import *
-
-from mmseg_volo import VOLO
+    from .volo_d1_segformer_ade20k import *
 
 model.update(
-    data_preprocessor=dict(size=crop_size),
     backbone=dict(
-        type=VOLO,
         arch='d4',
-        img_size=crop_size,
         drop_path_rate=0.5,
-        init_cfg=dict(type='Pretrained', checkpoint='timm://volo_d4_448.sail_in1k'),
+        init_cfg=dict(checkpoint='timm://volo_d4_448.sail_in1k'),
     ),
-    neck=dict(in_channels=[384, 768, 768, 768], out_channels=256),
-    decode_head=dict(in_channels=[256, 256, 256, 256], num_classes=num_classes),
-    test_cfg=dict(mode='slide', crop_size=crop_size, stride=(341, 341)),
+    neck=dict(in_channels=[384, 768, 768, 768]),
 )

@@ -2,25 +2,14 @@
 from mmengine.config import read_base
 
 with read_base():
-    from ._base_.cityscapes import *
-    from ._base_.runtime import *
-    from ._base_.schedule_80k import *
-    from ._base_.upernet import *
-
-from mmseg_volo import VOLO
+    from .volo_d1_cityscapes import *
 
 model.update(
-    data_preprocessor=dict(size=crop_size),
     backbone=dict(
-        type=VOLO,
         arch='d5',
-        img_size=crop_size,
         drop_path_rate=0.75,
-        with_cp=True,  # fits cards of 24 GB; False is faster where memory allows
-        init_cfg=dict(type='Pretrained', checkpoint='timm://volo_d5_512.sail_in1k'),
+        with_cp=True,  # for GPUs with 24 GB; False is faster where memory allows
+        init_cfg=dict(checkpoint='timm://volo_d5_512.sail_in1k'),
     ),
-    neck=dict(in_channels=[384, 768, 768, 768], out_channels=256),
-    decode_head=dict(in_channels=[256, 256, 256, 256], num_classes=num_classes),
-    auxiliary_head=dict(in_channels=256, num_classes=num_classes),
-    test_cfg=dict(mode='slide', crop_size=crop_size, stride=(768, 768)),
+    neck=dict(in_channels=[384, 768, 768, 768]),
 )

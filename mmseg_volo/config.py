@@ -164,11 +164,11 @@ def make_writable(folder: str | Path) -> Path:
     return folder
 
 
-def picture_path(out: str) -> Path:
-    """Path of the PNG file ``out``; raises ``UserError`` for another suffix or a folder that is not writable."""
+def output_path(out: str, suffix: str = '.png') -> Path:
+    """Path of the output file ``out``; raises ``UserError`` for another suffix or a folder that is not writable."""
     path = Path(out)
-    if path.suffix != '.png' or path.is_dir():
-        raise UserError(f'--out must be a .png file, got {out}')
+    if path.suffix != suffix or path.is_dir():
+        raise UserError(f'--out must be a {suffix} file, got {out}')
     make_writable(path.parent)
     return path
 

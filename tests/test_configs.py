@@ -24,8 +24,18 @@ GRID = [
 ]
 
 
-def bases_of(leaf: str) -> list[str]:
-    return re.findall(r'^    from \._base_\.(\w+) import \*$', (CONFIGS / leaf).read_text(), re.MULTILINE)
+def bases_of(config: str) -> list[str]:
+    """Names of the bases that a config reads, itself or through the leaf that it inherits."""
+    bases = []
+    for folder, name in re.findall(
+        r'^    from \.(_base_\.)?(\w+) import \*$', (CONFIGS / config).read_text(), re.MULTILINE
+    ):
+        bases += [name] if folder else bases_of(f'{name}.py')
+    return bases
+
+
+def base_text(name: str) -> str:
+    return (CONFIGS / '_base_' / f'{name}.py').read_text()
 
 
 def load(leaf: str) -> Config:
@@ -54,7 +64,9 @@ def test_the_promised_leaves_are_there():
 
 
 def test_every_base_has_a_user():
-    assert BASES and sorted({base for leaf in LEAVES for base in bases_of(leaf)}) == BASES
+    used = {base for leaf in LEAVES for base in bases_of(leaf)}
+    inherited = {base for name in BASES for base in BASES if f'from .{base} import' in base_text(name)}
+    assert BASES and sorted(used | inherited) == BASES
 
 
 @pytest.mark.parametrize('leaf', LEAVES)
@@ -69,8 +81,7 @@ def test_leaf_says_little_and_reads_one_base_of_each_kind(leaf):
     kinds = [
         ['camvid', 'cityscapes', 'ade20k', 'toy_streets'],
         ['upernet', 'segformer'],
-        [base for base in BASES if base.startswith('schedule_')],
-        ['runtime'],
+        [base for base in BASES if base.startswith('schedule_')],  # each reads runtime
     ]
     assert sorted(bases) == sorted(set(bases))
     for kind in kinds:
@@ -143,6 +154,16 @@ def test_norms_and_position_embedding_are_not_decayed(leaf, tmp_path):
             assert decay[id(parameter)] == 0, name
         elif name.endswith('.weight'):
             assert decay[id(parameter)] > 0, name
+
+
+@pytest.mark.parametrize('leaf', [leaf for leaf in GRID if not leaf.startswith('volo_d1')])
+def test_larger_models_differ_from_d1_in_what_depends_on_the_size(leaf):
+    cfg, d1 = load(leaf).to_dict(), load(re.sub('d[2-5]', 'd1', leaf)).to_dict()
+    for config in (cfg, d1):
+        backbone = config['model']['backbone']
+        varying = [backbone.pop('arch'), backbone.pop('drop_path_rate'), backbone.pop('init_cfg')['checkpoint']]
+        varying += [backbone.pop('with_cp', False), config['model']['neck'].pop('in_channels')]
+    assert cfg == d1 and varying[:2] == ['d1', 0.1]
 
 
 def test_configs_are_found_where_the_readme_says():

@@ -1,5 +1,5 @@
 # What every run shares: one config for a CPU, one GPU and many.
-from mmseg_volo import OneClassWarningHook, SlidingTTAModel
+from mmseg_volo import DurableCheckpointHook, IterationSeedHook, NonFiniteLossHook, OneClassWarningHook, SlidingTTAModel
 
 default_scope = 'mmseg'
 env_cfg = dict(
@@ -10,6 +10,16 @@ env_cfg = dict(
 sync_bn = 'torch'  # BatchNorm becomes SyncBatchNorm where there are several processes, and only there
 log_processor = dict(by_epoch=False)
 log_level = 'INFO'
+default_hooks = dict(
+    timer=dict(type='IterTimerHook'),
+    logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
+    param_scheduler=dict(type='ParamSchedulerHook'),
+    checkpoint=dict(type=DurableCheckpointHook, by_epoch=False, interval=8000, max_keep_ckpts=2, save_best='mIoU'),
+    sampler_seed=dict(type='DistSamplerSeedHook'),
+    iteration_seed=dict(type=IterationSeedHook),
+    non_finite=dict(type=NonFiniteLossHook),
+    visualization=dict(type='SegVisualizationHook'),
+)
 custom_hooks = [dict(type='CPUMemoryHook'), dict(type='ValidationPicturesHook'), dict(type=OneClassWarningHook)]
 load_from = None
 resume = False

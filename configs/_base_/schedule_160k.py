@@ -1,27 +1,11 @@
 # 160k iterations of 16 images, AdamW, linear decay after warm-up. Sources of the values: docs/recipes.md.
-from mmseg_volo import DurableCheckpointHook, IterationSeedHook, NonFiniteLossHook
+from mmengine.config import read_base
+
+with read_base():
+    from .schedule_80k import *
 
 max_iters = 160000
-optim_wrapper = dict(
-    type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),
-    paramwise_cfg=dict(norm_decay_mult=0.0, custom_keys=dict(pos_embed=dict(decay_mult=0.0))),
-)
-param_scheduler = [
-    dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=1500),
-    dict(type='PolyLR', power=1.0, eta_min=5e-6, by_epoch=False, begin=1500, end=max_iters),
-]
-auto_scale_lr = dict(enable=False, base_batch_size=16)
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=16000)
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
-default_hooks = dict(
-    timer=dict(type='IterTimerHook'),
-    logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
-    param_scheduler=dict(type='ParamSchedulerHook'),
-    checkpoint=dict(type=DurableCheckpointHook, by_epoch=False, interval=16000, max_keep_ckpts=2, save_best='mIoU'),
-    sampler_seed=dict(type='DistSamplerSeedHook'),
-    iteration_seed=dict(type=IterationSeedHook),
-    non_finite=dict(type=NonFiniteLossHook),
-    visualization=dict(type='SegVisualizationHook'),
-)
+param_scheduler[1].update(end=max_iters)
+auto_scale_lr.update(base_batch_size=16)
+train_cfg.update(max_iters=max_iters, val_interval=16000)
+default_hooks.update(checkpoint=dict(interval=16000))

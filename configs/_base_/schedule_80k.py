@@ -1,5 +1,8 @@
 # 80k iterations of 8 images, AdamW, linear decay after warm-up. Sources of the values: docs/recipes.md.
-from mmseg_volo import DurableCheckpointHook, IterationSeedHook, NonFiniteLossHook
+from mmengine.config import read_base
+
+with read_base():
+    from .runtime import *
 
 max_iters = 80000
 optim_wrapper = dict(
@@ -15,13 +18,3 @@ auto_scale_lr = dict(enable=False, base_batch_size=8)
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=8000)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
-default_hooks = dict(
-    timer=dict(type='IterTimerHook'),
-    logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
-    param_scheduler=dict(type='ParamSchedulerHook'),
-    checkpoint=dict(type=DurableCheckpointHook, by_epoch=False, interval=8000, max_keep_ckpts=2, save_best='mIoU'),
-    sampler_seed=dict(type='DistSamplerSeedHook'),
-    iteration_seed=dict(type=IterationSeedHook),
-    non_finite=dict(type=NonFiniteLossHook),
-    visualization=dict(type='SegVisualizationHook'),
-)

@@ -1,5 +1,8 @@
 # From random weights on small data, for CPUs: one cosine, no weight decay on norms and position embedding.
-from mmseg_volo import DurableCheckpointHook, IterationSeedHook, NonFiniteLossHook
+from mmengine.config import read_base
+
+with read_base():
+    from .runtime import *
 
 max_iters = 2000
 optim_wrapper = dict(
@@ -15,13 +18,4 @@ param_scheduler = [
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=400)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
-default_hooks = dict(
-    timer=dict(type='IterTimerHook'),
-    logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
-    param_scheduler=dict(type='ParamSchedulerHook'),
-    checkpoint=dict(type=DurableCheckpointHook, by_epoch=False, interval=400, max_keep_ckpts=1, save_best='mIoU'),
-    sampler_seed=dict(type='DistSamplerSeedHook'),
-    iteration_seed=dict(type=IterationSeedHook),
-    non_finite=dict(type=NonFiniteLossHook),
-    visualization=dict(type='SegVisualizationHook'),
-)
+default_hooks.update(checkpoint=dict(interval=400, max_keep_ckpts=1))

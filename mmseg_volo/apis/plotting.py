@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .._files import whole
-from ..config import picture_path
+from ..config import output_path
 from ..errors import UserError
 
 CURVES = dict(loss='loss', lr='learning rate', mIoU='mIoU on val, %')
@@ -23,7 +23,7 @@ def plot(work_dirs: Sequence[str], out: str = 'plot.png') -> None:
     Raises:
         UserError: nothing has been logged in a work dir, or ``out`` cannot be written.
     """
-    picture = picture_path(out)
+    picture = output_path(out)
     work_dirs = list(dict.fromkeys(work_dirs))
     runs = dict(zip(_names(work_dirs), map(_curves, map(Path, work_dirs)), strict=True))
     drawn = [key for key in CURVES if any(curves[key] for curves in runs.values())]

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from prettytable import PrettyTable
 from tqdm import tqdm
 
-from ..config import SPLITS, data_sets, decode_heads, load_config, picture_path, set_work_dir, type_name
+from ..config import SPLITS, data_sets, decode_heads, load_config, output_path, set_work_dir, type_name
 from ..errors import UserError
 from ..visualization import overlay, save_whole, side_by_side, with_legend
 
@@ -113,7 +113,7 @@ def _picture_path(cfg: Config, config: str, out: str | None) -> Path:
     if out is None:
         set_work_dir(cfg, config, None)
         return Path(cfg.work_dir) / 'check_data.png'
-    return picture_path(out)
+    return output_path(out)
 
 
 class _Wrong(Exception):
