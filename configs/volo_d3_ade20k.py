@@ -4,11 +4,5 @@ from mmengine.config import read_base
 with read_base():
     from .volo_d1_ade20k import *
 
-model.update(
-    backbone=dict(
-        arch='d3',
-        drop_path_rate=0.5,
-        init_cfg=dict(checkpoint='timm://volo_d3_448.sail_in1k'),
-    ),
-    neck=dict(in_channels=[256, 512, 512, 512]),
-)
+model.backbone.update(arch='d3', drop_path_rate=0.5, init_cfg=dict(checkpoint='timm://volo_d3_448.sail_in1k'))
+model.neck.update(in_channels=[256, 512, 512, 512])

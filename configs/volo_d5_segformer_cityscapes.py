@@ -4,12 +4,10 @@ from mmengine.config import read_base
 with read_base():
     from .volo_d1_segformer_cityscapes import *
 
-model.update(
-    backbone=dict(
-        arch='d5',
-        drop_path_rate=0.75,
-        with_cp=True,  # for GPUs with 24 GB; False is faster where memory allows
-        init_cfg=dict(checkpoint='timm://volo_d5_512.sail_in1k'),
-    ),
-    neck=dict(in_channels=[384, 768, 768, 768]),
+model.backbone.update(
+    arch='d5',
+    drop_path_rate=0.75,
+    with_cp=True,  # fits cards of 24 GB; False is faster where memory allows
+    init_cfg=dict(checkpoint='timm://volo_d5_512.sail_in1k'),
 )
+model.neck.update(in_channels=[384, 768, 768, 768])

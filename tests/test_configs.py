@@ -24,18 +24,13 @@ GRID = [
 ]
 
 
-def bases_of(config: str) -> list[str]:
-    """Names of the bases that a config reads, itself or through the leaf that it inherits."""
-    bases = []
-    for folder, name in re.findall(
-        r'^    from \.(_base_\.)?(\w+) import \*$', (CONFIGS / config).read_text(), re.MULTILINE
-    ):
-        bases += [name] if folder else bases_of(f'{name}.py')
-    return bases
-
-
-def base_text(name: str) -> str:
-    return (CONFIGS / '_base_' / f'{name}.py').read_text()
+def bases_of(path: Path) -> set[str]:
+    """Names of the bases that a config reads, directly or through others."""
+    found = set()
+    for dots, module in re.findall(r'^    from (\.+)([\w.]+) import \*$', path.read_text(), re.MULTILINE):
+        base = path.parents[len(dots) - 1] / f'{module.replace(".", "/")}.py'
+        found |= bases_of(base) | ({base.stem} if base.parent.name == '_base_' else set())
+    return found
 
 
 def load(leaf: str) -> Config:
@@ -58,36 +53,70 @@ def upstream_types(node) -> list:
     return []
 
 
-def test_the_promised_leaves_are_there():
+def test_the_documented_leaves_exist():
     assert set(GRID) <= set(LEAVES)
     assert {'volo_tiny_toy_streets.py', 'volo_tiny_camvid.py', 'volo_d1_camvid.py'} <= set(LEAVES)
 
 
 def test_every_base_has_a_user():
-    used = {base for leaf in LEAVES for base in bases_of(leaf)}
-    inherited = {base for name in BASES for base in BASES if f'from .{base} import' in base_text(name)}
-    assert BASES and sorted(used | inherited) == BASES
+    assert BASES and sorted(set().union(*(bases_of(CONFIGS / leaf) for leaf in LEAVES))) == BASES
 
 
 @pytest.mark.parametrize('leaf', LEAVES)
-def test_leaf_says_little_and_reads_one_base_of_each_kind(leaf):
+def test_leaf_is_short_and_states_its_batch(leaf):
     text = (CONFIGS / leaf).read_text()
     assert len(text.splitlines()) <= 40
     assert leaf.removesuffix('.py').isidentifier()
-    assert re.match(r'# VOLO-\w+ \+ .*: \d+ (GPUs?|process(es)?) x \d+ images', text), (
-        'batch arithmetic in the first line'
+    assert re.match(r'# VOLO-\w+ \+ .*: \d+ (GPUs?|process(es)?) x \d+ images', text)
+    bases = bases_of(CONFIGS / leaf)
+    assert len(bases & {'camvid', 'cityscapes', 'ade20k', 'toy_streets'}) == 1
+    assert len(bases & {'upernet', 'segformer'}) == 1
+    assert 'runtime' in bases and any(base.startswith('schedule_') for base in bases)
+
+
+def flat(node, prefix: str = '') -> dict[str, object]:
+    """Values by their path, such as ``model.backbone.arch``."""
+    if isinstance(node, dict):
+        return {path: value for key in node for path, value in flat(node[key], f'{prefix}.{key}').items()}
+    return {prefix.removeprefix('.'): node}
+
+
+@pytest.mark.parametrize('dataset', ['cityscapes', 'ade20k'])
+@pytest.mark.parametrize('head', ['', '_segformer'])
+def test_a_family_differs_in_the_backbone_alone(head, dataset):
+    first, *others = (flat(load(f'volo_d{n}{head}_{dataset}.py').to_dict()) for n in range(1, 6))
+    backbone = [f'model.backbone.{key}' for key in ('arch', 'drop_path_rate', 'with_cp', 'init_cfg.checkpoint')]
+    for other in others:
+        differing = {path for path in first | other if first.get(path) != other.get(path)}
+        assert {'model.backbone.arch', 'model.backbone.init_cfg.checkpoint'} <= differing
+        assert differing <= {*backbone, 'model.neck.in_channels'}
+
+
+@pytest.mark.parametrize('dataset', ['cityscapes', 'ade20k'])
+@pytest.mark.parametrize('n', range(1, 6))
+def test_both_heads_get_the_same_backbone_data_and_schedule(n, dataset):
+    upernet, segformer = (load(f'volo_d{n}{head}_{dataset}.py').to_dict() for head in ('', '_segformer'))
+    assert {key for key in upernet if upernet[key] != segformer[key]} == {'model'}
+    parts = {key for key in upernet['model'] | segformer['model'] if key not in ('decode_head', 'auxiliary_head')}
+    assert all(upernet['model'][part] == segformer['model'][part] for part in parts)
+
+
+def test_layer_decay_changes_the_optimizer_alone():
+    plain, decayed = (load(f'volo_d5_ade20k{name}.py').to_dict() for name in ('', '_layer_decay'))
+    assert {key for key in plain if plain[key] != decayed[key]} == {'optim_wrapper'}
+    assert decayed['optim_wrapper']['paramwise_cfg'] == dict(decay_rate=0.9)
+
+
+def test_a_config_outside_inherits_by_the_name_of_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mine = tmp_path / 'mine.py'
+    mine.write_text(
+        'from mmengine.config import read_base\n\nwith read_base():\n'
+        '    from mmseg_volo.configs.volo_d4_cityscapes import *\n\nmodel.backbone.update(drop_path_rate=0.25)\n'
     )
-    bases = bases_of(leaf)
-    kinds = [
-        ['camvid', 'cityscapes', 'ade20k', 'toy_streets'],
-        ['upernet', 'segformer'],
-        [base for base in BASES if base.startswith('schedule_')],  # each reads runtime
-    ]
-    assert sorted(bases) == sorted(set(bases))
-    for kind in kinds:
-        assert len(set(bases) & set(kind)) == 1, kind
-    keys = [key for base in bases for key in Config.fromfile(CONFIGS / '_base_' / f'{base}.py')]
-    assert len(keys) == len(set(keys)), 'a key set by two bases'
+    mine, shipped = (flat(Config.fromfile(path).to_dict()) for path in (mine, CONFIGS / 'volo_d4_cityscapes.py'))
+    assert mine.pop('model.backbone.drop_path_rate') == 0.25 and shipped.pop('model.backbone.drop_path_rate') == 0.5
+    assert mine == shipped
 
 
 @pytest.mark.parametrize('leaf', LEAVES)
@@ -187,7 +216,7 @@ def test_baselines_differ_from_volo_d1_in_the_backbone_alone(name):
     assert [y.shape[1] for y in outputs] == list(model.decode_head.in_channels)
 
 
-def test_the_sharded_config_is_its_leaf_but_for_batch_and_runner():
+def test_the_sharded_config_differs_from_its_leaf_in_batch_size_and_runner():
     names = 'sharded/volo_d5_cityscapes_fsdp.py', 'volo_d5_cityscapes.py'
     cfg, leaf = (load(name).to_dict() for name in names)  # to_dict() resolves mmengine's lazy objects
     assert {key for key in cfg if cfg[key] != leaf.get(key)} == {'train_dataloader', 'runner_type'}

@@ -60,7 +60,7 @@ val_dataloader = dict(
         pipeline=test_pipeline,
     ),
 )
-# Numbers are reported on test: val frames lie between train frames of one sequence.
+# Results are reported on test, because val frames come from the same sequence as train frames.
 test_dataloader = dict(
     batch_size=1,
     num_workers=2,

@@ -1,5 +1,13 @@
-# What every run shares: one config for a CPU, one GPU and many.
-from mmseg_volo import DurableCheckpointHook, IterationSeedHook, NonFiniteLossHook, OneClassWarningHook, SlidingTTAModel
+# Settings of every run, on a CPU, one GPU or many. The schedules read this file.
+from mmseg_volo import (
+    CPUMemoryHook,
+    DurableCheckpointHook,
+    IterationSeedHook,
+    NonFiniteLossHook,
+    OneClassWarningHook,
+    SlidingTTAModel,
+    ValidationPicturesHook,
+)
 
 default_scope = 'mmseg'
 env_cfg = dict(
@@ -7,7 +15,7 @@ env_cfg = dict(
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
     dist_cfg=dict(backend='nccl'),
 )
-sync_bn = 'torch'  # BatchNorm becomes SyncBatchNorm where there are several processes, and only there
+sync_bn = 'torch'  # BatchNorm becomes SyncBatchNorm in distributed training only
 log_processor = dict(by_epoch=False)
 log_level = 'INFO'
 default_hooks = dict(
@@ -20,7 +28,7 @@ default_hooks = dict(
     non_finite=dict(type=NonFiniteLossHook),
     visualization=dict(type='SegVisualizationHook'),
 )
-custom_hooks = [dict(type='CPUMemoryHook'), dict(type='ValidationPicturesHook'), dict(type=OneClassWarningHook)]
+custom_hooks = [dict(type=CPUMemoryHook), dict(type=ValidationPicturesHook), dict(type=OneClassWarningHook)]
 load_from = None
 resume = False
 

@@ -1,4 +1,4 @@
-# From random weights on small data, for CPUs: one cosine, no weight decay on norms and position embedding.
+# Training from random weights on small data sets, on a CPU: cosine decay, no weight decay for norms and pos_embed.
 from mmengine.config import read_base
 
 with read_base():
@@ -18,4 +18,4 @@ param_scheduler = [
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=400)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
-default_hooks.update(checkpoint=dict(interval=400, max_keep_ckpts=1))
+default_hooks.checkpoint.update(interval=400, max_keep_ckpts=1)

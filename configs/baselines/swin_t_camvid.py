@@ -1,4 +1,4 @@
-# Swin-T (mmseg) + UPerNet on CamVid from random weights, to set beside volo_d1_camvid: the same all around.
+# Swin-T (mmseg) + UPerNet on CamVid from random weights, a baseline for volo_d1_camvid: all other settings are the same.
 from mmengine.config import read_base
 
 with read_base():

@@ -1,4 +1,4 @@
-# volo_d5_cityscapes by FSDP2: 8 GPUs x 1 image. Gradients and moments in shares, one per process: docs/distributed.md
+# volo_d5_cityscapes with FSDP2: 8 GPUs x 1 image, gradients and optimizer state sharded. See docs/distributed.md.
 from mmengine.config import read_base
 
 with read_base():
