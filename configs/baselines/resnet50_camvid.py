@@ -1,4 +1,4 @@
-# ResNet-50 (timm) + UPerNet on CamVid from random weights, a baseline for volo_d1_camvid: all other settings are the same.
+# ResNet-50 (timm) + UPerNet on CamVid from random weights, a baseline for volo_d1_camvid; other settings are equal.
 from mmengine.config import read_base
 
 with read_base():

@@ -1,4 +1,4 @@
-# Swin-T (mmseg) + UPerNet on CamVid from random weights, a baseline for volo_d1_camvid: all other settings are the same.
+# Swin-T (mmseg) + UPerNet on CamVid from random weights, a baseline for volo_d1_camvid; other settings are equal.
 from mmengine.config import read_base
 
 with read_base():
