@@ -29,7 +29,7 @@ from mmseg_volo.apis.inference import infer
 from mmseg_volo.apis.testing import test as measure
 from mmseg_volo.apis.training import train
 from mmseg_volo.benchmark.step import profile_step
-from mmseg_volo.checkpoints.reading import read_ahead
+from mmseg_volo.checkpoints.mmengine_loader import read_ahead
 from mmseg_volo.config import data_sets, load_config, type_name, without_steps
 from mmseg_volo.datasets.toy_streets import make_toy_streets
 from mmseg_volo.error_messages import one_sentence_errors

@@ -12,7 +12,7 @@ from torch import nn
 from mmseg_volo import ARCHITECTURES, VOLO
 from mmseg_volo.benchmark.memory import LiveMemory
 from mmseg_volo.errors import UserError
-from mmseg_volo.models.pretrained import CLASSIFIER, resize_pos_embed
+from mmseg_volo.models.volo import PRETRAINED, resize_pos_embed
 
 PUBLISHED = ['d1', 'd2', 'd3', 'd4', 'd5']
 SMALL = dict(layers=(1, 1, 1, 1), embed_dims=(32, 48), num_heads=(1, 3), mlp_ratio=2, stem_channels=8)
@@ -30,7 +30,7 @@ def timm_twin(arch: str, size: tuple[int, int], **kwargs) -> tuple[nn.Module, di
     """timm's model with a random position embedding, in float64, and its backbone tensors."""
     model = timm.create_model(f'volo_{arch}_224', img_size=size, **kwargs).double().eval()
     nn.init.normal_(model.pos_embed)
-    return model, {key: value for key, value in model.state_dict().items() if not CLASSIFIER.fullmatch(key)}
+    return model, {key: value for key, value in model.state_dict().items() if not PRETRAINED.classifier.fullmatch(key)}
 
 
 @pytest.mark.parametrize('arch', PUBLISHED)

@@ -10,7 +10,7 @@ from mmengine.runner import Runner
 
 from ..checkpoints.download import local_copy
 from ..checkpoints.hook import DurableCheckpointHook, newest_whole_checkpoint
-from ..checkpoints.reading import read_ahead
+from ..checkpoints.mmengine_loader import read_ahead
 from ..config import data_sets, decode_heads, load_config, set_work_dir, type_name
 from ..datasets.checks import check_data
 from ..engine.console import runner_on_terminal

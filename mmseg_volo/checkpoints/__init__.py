@@ -1,6 +1,6 @@
-"""Checkpoints: reading them safely, downloading them, writing them so that nothing is lost."""
+"""Checkpoints: safe reading, downloads, and writing that survives interruptions."""
 
 from .hook import DurableCheckpointHook
-from .reading import use_safe_loader
+from .mmengine_loader import use_safe_loader
 
 __all__ = ['DurableCheckpointHook', 'use_safe_loader']

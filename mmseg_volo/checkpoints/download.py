@@ -1,4 +1,4 @@
-"""Checkpoints fetched from URLs and from timm."""
+"""Downloads of checkpoints from URLs and from timm."""
 
 import hashlib
 import re
@@ -21,7 +21,7 @@ def local_copy(source: str) -> str:
         source: ``timm://name``; http(s) URL, which may end in ``#sha256=`` and 64 hex digits; or a path, passed on.
 
     Raises:
-        UserError: cannot be had, or has another SHA-256, in which case the file is removed.
+        UserError: it cannot be downloaded, or its SHA-256 is wrong; the file is then removed.
     """
     if source.startswith('timm://'):
         return _from_timm(source.removeprefix('timm://'))
@@ -31,28 +31,28 @@ def local_copy(source: str) -> str:
     expected = _expected_sha256(source)
     folder = Path(torch.hub.get_dir()) / 'checkpoints'
     try:
-        # With a hash, because every file on the Hugging Face hub is called model.safetensors.
+        # The hash tells apart files of one name: all on the Hugging Face hub are called model.safetensors.
         path = folder / f'{hashlib.sha256(url.encode()).hexdigest()[:8]}-{Path(urlparse(url).path).name}'
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path))  # to a temporary name, then renamed
-    except (OSError, HTTPException, ValueError) as error:  # ValueError: no URL
-        raise UserError(f'cannot download {source} ({error}); fetch it by hand and give its path') from None
+    except (OSError, HTTPException, ValueError) as error:  # ValueError: not a URL
+        raise UserError(f'cannot download {source} ({error}); download it by hand and give its path') from None
     if expected and not (actual := file_sha256(path)).startswith(expected):
         path.unlink()
-        raise UserError(f'{url} is refused: its SHA-256 should be {expected}, but is {actual}; the download is removed')
+        raise UserError(f'{url} is refused: its SHA-256 must be {expected}, got {actual}; the download was removed')
     return str(path)
 
 
 def _expected_sha256(source: str) -> str:
-    """All of the SHA-256 that a URL tells, or its beginning, or nothing."""
+    """The SHA-256 that a URL specifies, its first digits, or an empty string."""
     url, _, fragment = source.partition('#')
     if fragment.startswith('sha256='):
         digest = fragment.removeprefix('sha256=').lower()
         if not re.fullmatch('[0-9a-f]{64}', digest):
-            raise UserError(f'#sha256= takes 64 hex digits, got {digest!r}')
+            raise UserError(f'#sha256= must be 64 hex digits, got {digest!r}')
         return digest
-    # torch.hub's convention. OpenMMLab's names look alike, but tell of another file: the one before publishing.
+    # torch.hub's convention. OpenMMLab's names look alike but contain the hash of the file before its publication.
     named = re.fullmatch(r'https://download\.pytorch\.org/.+-([0-9a-f]{8,64})\.pth', url)
     return named[1] if named else ''
 
@@ -71,6 +71,6 @@ def _from_timm(name: str) -> str:
         return hf_hub_download(repo, 'model.safetensors')
     except Exception as error:  # offline, proxy, hub down: huggingface_hub raises many kinds
         raise UserError(
-            f'cannot get timm://{name} from the Hugging Face hub ({first_sentence(error)}); '
+            f'cannot download timm://{name} from the Hugging Face hub ({first_sentence(error)}); '
             'without a network, download it elsewhere (docs/weights.md) and give its path'
         ) from None

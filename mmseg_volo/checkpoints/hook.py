@@ -20,7 +20,7 @@ from mmseg.registry import HOOKS
 
 from .._files import PARTIAL, whole
 from ..errors import UserError
-from .reading import read_ahead
+from .mmengine_loader import read_ahead
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 AGREE_EVERY = 10  # iterations after which distributed processes tell each other about signals

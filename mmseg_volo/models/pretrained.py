@@ -1,98 +1,114 @@
-"""Checkpoints into models: tensors only, and every tensor accounted for."""
+"""Load checkpoints into models, strictly: no tensor may be missing, unexpected or of another shape."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
-import torch
-import torch.nn.functional as F
-from mmengine.logging import MMLogger
+from mmengine.logging import print_log
 from mmengine.model.weight_init import PretrainedInit
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from ..checkpoints.reading import backbone_tensors, read_checkpoint, state_tensors
+from ..checkpoints.reading import read_checkpoint
+from ..checkpoints.state_dict import backbone_tensors, state_tensors
 from ..checkpoints.wording import some
 from ..errors import UserError
 
-# What an ImageNet classifier has and a backbone has not.
-CLASSIFIER = re.compile(r'(head|aux_head|post_network|norm)\..+|cls_token')
-STEM = 'patch_embed.conv.0.weight'
 
+@dataclass(frozen=True)
+class PretrainedFormat:
+    """How the ImageNet checkpoints of one architecture differ from its backbone.
 
-def resize_pos_embed(pos_embed: Tensor, size: tuple[int, int]) -> Tensor:
-    """Position embedding ``[1, h, w, C]`` resized bicubically to ``size``, as the authors do; dtype kept."""
-    exact = pos_embed if pos_embed.dtype == torch.float64 else pos_embed.float()
-    resized = F.interpolate(exact.permute(0, 3, 1, 2), size=size, mode='bicubic', align_corners=False)
-    return resized.permute(0, 2, 3, 1).contiguous().to(pos_embed.dtype)
+    Args:
+        name: the architecture in messages.
+        classifier: names of the tensors that only a classifier has.
+        stem: name of the first convolution's weight, which is adapted to the number of image channels.
+        new: names of the tensors that a classifier lacks, all of which may be missing together.
+        unbuilt: whether the tensor of a name belongs to a stage after the given one, the last that is built.
+        recognise: name of the variant whose tensors a state dict contains, or None.
+        resize: functions by name of a ``[1, h, w, C]`` tensor, from the tensor and ``(h, w)`` to the resized tensor.
+    """
+
+    name: str
+    classifier: re.Pattern
+    stem: str
+    new: re.Pattern
+    unbuilt: Callable[[str, int], bool]
+    recognise: Callable[[Mapping[str, Tensor]], str | None]
+    resize: Mapping[str, Callable[[Tensor, tuple[int, int]], Tensor]] = field(default_factory=dict)
 
 
 def pretrained_checkpoint(init_cfg: dict | list[dict] | None) -> str | None:
-    """Checkpoint that an ``init_cfg`` of type Pretrained names, else None; raises ``UserError`` on keys it ignores."""
+    """Return the checkpoint of an ``init_cfg`` of type Pretrained, else None; raises ``UserError`` for other keys."""
     if isinstance(init_cfg, list):
         named = [cfg for cfg in init_cfg if pretrained_checkpoint(cfg) is not None]
-        if named and len(init_cfg) > 1:  # mmengine would load it itself, whether it fits or not
-            raise UserError(f'VOLO reads a Pretrained init_cfg alone, got it in a list of {len(init_cfg)}')
+        if named and len(init_cfg) > 1:  # mmengine would load it, even if tensors are missing
+            raise UserError(f'a Pretrained init_cfg must stand alone, got it in a list of {len(init_cfg)}')
         return pretrained_checkpoint(named[0]) if named else None
     kind = init_cfg.get('type') if isinstance(init_cfg, dict) else None
     if kind is not PretrainedInit and str(kind).split('.')[-1] != 'Pretrained':  # 'mmengine.Pretrained' too
         return None
     extra = set(init_cfg) - {'type', 'checkpoint'}
     if extra or 'checkpoint' not in init_cfg:
-        raise UserError(f"VOLO reads init_cfg=dict(type='Pretrained', checkpoint=...), got {dict(init_cfg)}")
+        raise UserError(f"init_cfg must be dict(type='Pretrained', checkpoint=...), got {dict(init_cfg)}")
     return init_cfg['checkpoint']
 
 
-def load_pretrained(model: nn.Module, source: str, architectures: Mapping[str, Mapping]) -> None:
-    """Load ``source`` into a VOLO, and log in one line what was loaded, resized and left out.
+def load_pretrained(model: nn.Module, source: str, form: PretrainedFormat) -> None:
+    """Load the checkpoint ``source`` into a backbone, and log in one line what was loaded, resized and dropped.
 
     Args:
-        model: a VOLO; its tensors are untouched unless all of the checkpoint fits.
-        source: path, URL or ``timm://name``; see ``docs/weights.md`` for the forms.
-        architectures: rows of numbers by name, to say whose weights these are when they do not fit.
+        model: backbone with the attributes ``arch`` and ``out_indices``; unchanged unless the whole checkpoint fits.
+        source: path, URL or ``timm://name``; see ``docs/weights.md``.
+        form: description of the checkpoints of this architecture.
 
     Raises:
-        UserError: unreadable, unsafe, or not these weights: any tensor missing, unexpected or of another shape.
+        UserError: the checkpoint is unreadable or unsafe, or a tensor is missing, unexpected or of another shape.
     """
     state = backbone_tensors(read_checkpoint(source), source)
     own = model.state_dict()
-    dropped = [key for key in state if CLASSIFIER.fullmatch(key)]
-    state = {key: tensor for key, tensor in state.items() if key not in dropped}
-    whose = _whose(state, model.arch, architectures)
-    unbuilt = {key for key in state if _is_beyond(key, model.out_indices[-1])}
-    state = {key: tensor for key, tensor in state.items() if key not in unbuilt}
+    kept = {key: tensor for key, tensor in state.items() if not form.classifier.fullmatch(key)}
+    variant = form.recognise(kept)
+    kept = {key: tensor for key, tensor in kept.items() if not form.unbuilt(key, model.out_indices[-1])}
+    dropped, state = len(state) - len(kept), kept
 
     changes = []
-    if 'pos_embed' in own and 'pos_embed' in state and state['pos_embed'].dim() == 4 and state['pos_embed'].numel():
-        old, new = state['pos_embed'].shape[1:3], own['pos_embed'].shape[1:3]
-        if old != new:
-            state['pos_embed'] = resize_pos_embed(state['pos_embed'], tuple(new))
-            changes.append(f'pos_embed resized from {old[0]}x{old[1]} to {new[0]}x{new[1]}')
-    if STEM in state and state[STEM].dim() == 4 and state[STEM].shape[1] == 3 != own[STEM].shape[1]:
-        state[STEM] = adapt_input_conv(own[STEM].shape[1], state[STEM])
-        changes.append(f'stem adapted from 3 to {own[STEM].shape[1]} channels')
+    for key, resize in form.resize.items():
+        if key in own and key in state and state[key].dim() == 4 and state[key].numel():
+            old, size = state[key].shape[1:3], own[key].shape[1:3]
+            if old != size:
+                state[key] = resize(state[key], tuple(size))
+                changes.append(f'{key} resized from {old[0]}x{old[1]} to {size[0]}x{size[1]}')
+    stem = state.get(form.stem)
+    if stem is not None and stem.dim() == 4 and stem.shape[1] == 3 != own[form.stem].shape[1]:
+        state[form.stem] = adapt_input_conv(own[form.stem].shape[1], stem)
+        changes.append(f'stem adapted from 3 to {own[form.stem].shape[1]} channels')
 
-    norms = {key for key in own if re.fullmatch(r'norm\d\..+', key)}
-    new = norms if norms.isdisjoint(state) else set()  # ImageNet classifiers have no output norms
+    new = {key for key in own if form.new.fullmatch(key)}
+    if not new.isdisjoint(state):
+        new = set()
     problems = _differences(own, state, allowed_missing=new)
     if problems:
-        raise UserError(f'{source} does not fit VOLO arch={model.arch!r}{whose}: ' + '; '.join(problems))
+        whose = f', it is {form.name} arch={variant!r}' if variant not in (None, model.arch) else ''
+        raise UserError(f'{source} does not fit {form.name} arch={model.arch!r}{whose}: ' + '; '.join(problems))
 
     model.load_state_dict(state, strict=False)
-    if dropped or unbuilt:
-        changes.append(f'{len(dropped) + len(unbuilt)} tensors of the classifier or of unused stages left out')
+    if dropped:
+        changes.append(f'{dropped} tensors of the classifier or of unused stages dropped')
     if new:
         changes.append(f'{len(new)} tensors of the output norms are new')
-    MMLogger.get_current_instance().info(
-        f'VOLO {model.arch}: {len(state)} of {len(own)} tensors loaded from {source}'
-        + ''.join(f'; {c}' for c in changes)
+    print_log(
+        f'{form.name} {model.arch}: {len(state)} of {len(own)} tensors loaded from {source}'
+        + ''.join(f'; {change}' for change in changes),
+        logger='current',
     )
 
 
 def load_segmentor(model: nn.Module, source: str) -> dict:
-    """Load a whole segmentor's checkpoint strictly and return its ``meta`` (classes, palette, config).
+    """Load a whole segmentor's checkpoint and return its ``meta`` (classes, palette, config).
 
     Raises:
-        UserError: unreadable, unsafe, or any tensor missing, unexpected or of another shape.
+        UserError: the checkpoint is unreadable or unsafe, or a tensor is missing, unexpected or of another shape.
     """
     contents = read_checkpoint(source)
     state = state_tensors(contents['state_dict'] if isinstance(contents.get('state_dict'), Mapping) else contents)
@@ -102,14 +118,6 @@ def load_segmentor(model: nn.Module, source: str) -> dict:
         raise UserError(f'{source} does not fit the model of this config: ' + '; '.join(problems))
     model.load_state_dict(state)
     return contents.get('meta', {})
-
-
-def _is_beyond(key: str, last_stage: int) -> bool:
-    """Whether a tensor belongs to a stage after ``last_stage``, which the model does not build."""
-    if last_stage == 0 and key == 'pos_embed':
-        return True
-    stage = re.match(r'network\.(\d+)\.', key)
-    return bool(stage) and (last_stage + 1 if last_stage else 0) < int(stage[1]) <= 4  # 4 is the last of any VOLO
 
 
 def _differences(own: Mapping, state: Mapping, allowed_missing: frozenset[str] | set[str] = frozenset()) -> list[str]:
@@ -122,15 +130,3 @@ def _differences(own: Mapping, state: Mapping, allowed_missing: frozenset[str] |
     ]
     named = [('missing', missing), ('unexpected', unexpected), ('of another shape', shapes)]
     return [f'{len(keys)} {what} ({some(keys)})' for what, keys in named if keys]
-
-
-def _whose(state: Mapping[str, Tensor], arch: str, architectures: Mapping[str, Mapping]) -> str:
-    """Sentence part that says which architecture a state dict is of, if it is one of ours and another than ``arch``."""
-    blocks = {re.match(r'network\.(\d+\.\d+)\.', key)[1] for key in state if re.match(r'network\.\d+\.\d+\.', key)}
-    layers = tuple(sum(block.startswith(f'{stage}.') for block in blocks) for stage in (0, 2, 3, 4))
-    stem = state.get('patch_embed.proj.weight')
-    for name, row in architectures.items():
-        if stem is not None and name != arch and layers == row['layers']:
-            if tuple(stem.shape[:2]) == (row['embed_dims'][0], row['stem_channels']):
-                return f', it is VOLO arch={name!r}'
-    return ''

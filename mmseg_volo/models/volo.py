@@ -4,6 +4,7 @@ Paper: https://arxiv.org/abs/2106.13112. Parameter names are those of the author
 load without a converter. Shape letters: ``ops/README.md``; here h, w are the rows and columns of whatever tokens flow.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -20,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import UserError
 from ..ops import outlook_attention
 from ..ops.recompute import norm_linear, norm_linear_pool, norm_mlp
-from .pretrained import load_pretrained, pretrained_checkpoint, resize_pos_embed
+from .pretrained import PretrainedFormat, load_pretrained, pretrained_checkpoint
 
 # Widths and heads are (stage 1, stages 2 to 4). d1 to d5: authors' repository, sail-sg/volo; tiny is ours.
 ARCHITECTURES = {
@@ -310,7 +311,7 @@ class VOLO(BaseModule):
         if source is None:
             super().init_weights()
         else:
-            load_pretrained(self, source, ARCHITECTURES)
+            load_pretrained(self, source, PRETRAINED)
             self._is_init = True
 
     def train(self, mode: bool = True) -> 'VOLO':
@@ -340,6 +341,43 @@ class VOLO(BaseModule):
             module.requires_grad_(False)
         if self.frozen_stages >= 2 and hasattr(self, 'pos_embed'):
             self.pos_embed.requires_grad_(False)
+
+
+def resize_pos_embed(pos_embed: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize a position embedding ``[1, h, w, C]`` to ``size`` bicubically, as the authors do; the dtype is kept."""
+    exact = pos_embed if pos_embed.dtype == torch.float64 else pos_embed.float()
+    resized = F.interpolate(exact.permute(0, 3, 1, 2), size=size, mode='bicubic', align_corners=False)
+    return resized.permute(0, 2, 3, 1).contiguous().to(pos_embed.dtype)
+
+
+def _is_unbuilt(key: str, last_stage: int) -> bool:
+    if last_stage == 0 and key == 'pos_embed':
+        return True
+    place = re.match(r'network\.(\d+)\.', key)
+    return bool(place) and (last_stage + 1 if last_stage else 0) < int(place[1]) <= 4  # every VOLO ends at 4
+
+
+def _recognise(state: Mapping[str, Tensor]) -> str | None:
+    """Name of the architecture whose tensors ``state`` contains, or None."""
+    blocks = {match[0] for key in state if (match := re.match(r'network\.\d+\.\d+\.', key))}
+    layers = tuple(sum(block.startswith(f'network.{place}.') for block in blocks) for place in (0, 2, 3, 4))
+    stem = state.get('patch_embed.proj.weight')
+    for name, settings in ARCHITECTURES.items():
+        widths = (settings['embed_dims'][0], settings['stem_channels'])
+        if stem is not None and layers == settings['layers'] and tuple(stem.shape[:2]) == widths:
+            return name
+    return None
+
+
+PRETRAINED = PretrainedFormat(
+    name='VOLO',
+    classifier=re.compile(r'(head|aux_head|post_network|norm)\..+|cls_token'),
+    stem='patch_embed.conv.0.weight',
+    new=re.compile(r'norm\d\..+'),  # the output norms
+    unbuilt=_is_unbuilt,
+    recognise=_recognise,
+    resize={'pos_embed': resize_pos_embed},
+)
 
 
 def architecture(arch: str | Mapping) -> Mapping:

@@ -6,6 +6,7 @@ import http.server
 import logging
 import os
 import pickle
+import re
 import socket
 import threading
 import time
@@ -29,7 +30,8 @@ from mmseg_volo import ARCHITECTURES, VOLO
 from mmseg_volo.checkpoints.download import _expected_sha256
 from mmseg_volo.checkpoints.reading import read_checkpoint
 from mmseg_volo.errors import UserError
-from mmseg_volo.models.pretrained import CLASSIFIER, load_segmentor
+from mmseg_volo.models.pretrained import PretrainedFormat, load_pretrained, load_segmentor
+from mmseg_volo.models.volo import PRETRAINED, resize_pos_embed
 
 GRID = 4  # of a stored 64 x 64 position embedding
 CLASSIFIER_KEYS = {
@@ -280,7 +282,7 @@ def test_one_line_says_what_was_loaded_and_what_was_changed(tmp_path, log):
     assert log == [
         f'VOLO tiny: {tensors - 8} of {tensors} tensors loaded from {path}; pos_embed resized from 4x4 to 6x10; '
         f'stem adapted from 3 to 1 channels; {len(CLASSIFIER_KEYS)} tensors of the classifier or of unused stages '
-        'left out; 8 tensors of the output norms are new'
+        'dropped; 8 tensors of the output norms are new'
     ]
 
 
@@ -295,7 +297,7 @@ def test_the_line_counts_the_tensors_of_unused_stages(tmp_path, log):
     state = imagenet_state()
     model = loaded(saved(state, tmp_path / 'volo.pth'), out_indices=(0,))
     left_out = len(state) - (len(model.state_dict()) - 2)
-    assert len(log) == 1 and f'{left_out} tensors of the classifier or of unused stages left out' in log[0]
+    assert len(log) == 1 and f'{left_out} tensors of the classifier or of unused stages dropped' in log[0]
 
 
 @pytest.fixture(scope='module')
@@ -400,7 +402,7 @@ def test_some_output_norms_without_the_others_are_an_error(monkeypatch):
 
 @pytest.mark.parametrize('contents', [{}, {'epoch': 3}, {'state_dict': {'epoch': 3}}, {0: torch.zeros(1)}], ids=str)
 def test_a_file_without_named_tensors_is_an_error(tmp_path, contents):
-    with pytest.raises(UserError, match='holds no tensors') as error:
+    with pytest.raises(UserError, match='contains no tensors') as error:
         loaded(saved(contents, tmp_path / 'f.pth'))
     one_line(error)
 
@@ -435,13 +437,13 @@ def test_a_file_of_no_known_architecture_is_not_given_a_name(monkeypatch):
 @pytest.mark.parametrize('extra', [dict(prefix='backbone.'), dict(map_location='cpu')], ids=str)
 def test_init_cfg_with_a_key_that_is_not_read_is_an_error(extra):
     model = VOLO('tiny', init_cfg=dict(type='Pretrained', checkpoint='f.pth', **extra))
-    with pytest.raises(UserError, match=rf'VOLO reads init_cfg=.*{next(iter(extra))}') as error:
+    with pytest.raises(UserError, match=rf'init_cfg must be .*{next(iter(extra))}') as error:
         model.init_weights()
     one_line(error)
 
 
 def test_init_cfg_without_a_checkpoint_is_an_error():
-    with pytest.raises(UserError, match='VOLO reads init_cfg='):
+    with pytest.raises(UserError, match='init_cfg must be dict'):
         VOLO('tiny', init_cfg=dict(type='Pretrained')).init_weights()
 
 
@@ -534,7 +536,7 @@ def test_a_damaged_file_is_called_damaged(tmp_path, damage):
 
 @pytest.mark.parametrize('contents', [torch.zeros(2), [torch.zeros(2)], 3], ids=['Tensor', 'list', 'int'])
 def test_a_file_without_a_state_dict_is_an_error(tmp_path, contents):
-    with pytest.raises(UserError, match=f'holds a {type(contents).__name__}, not a state dict') as error:
+    with pytest.raises(UserError, match=f'contains a {type(contents).__name__}, not a state dict') as error:
         read_checkpoint(saved(contents, tmp_path / 'f.pth'))
     one_line(error)
 
@@ -585,7 +587,7 @@ def test_a_file_that_wants_to_run_code_is_refused_and_nothing_of_it_runs(tmp_pat
         reader(path)
     assert not ran.exists()
     name = {'open': 'io.open', 'os.system': 'posix.system', 'exec': 'exec'}[way]
-    assert one_line(error).startswith(f'{path} is refused: it asks to run {name}, and only tensors are read')
+    assert one_line(error).startswith(f'{path} is refused: it asks to run {name}, but only tensors are read')
 
 
 @pytest.mark.parametrize('form', ['pickle 0', 'pickle 4', 'pickle 5'])
@@ -724,7 +726,7 @@ def test_a_download_with_another_sha256_is_refused_and_removed(server, hub, cach
     if cached:
         loaded(url)
     other = '0' * 64
-    with pytest.raises(UserError, match=f'{url} is refused: its SHA-256 should be {other}, but is {digest}') as error:
+    with pytest.raises(UserError, match=f'{url} is refused: its SHA-256 must be {other}, got {digest}') as error:
         loaded(f'{url}#sha256={other}')
     assert one_line(error) and list(hub.iterdir()) == []
     assert_holds(loaded(f'{url}#sha256={digest}'), state)
@@ -732,7 +734,7 @@ def test_a_download_with_another_sha256_is_refused_and_removed(server, hub, cach
 
 @pytest.mark.parametrize('digest', ['', 'abc', 'g' * 64, '0' * 63])
 def test_a_sha256_that_is_none_is_an_error_before_the_download(server, hub, digest):
-    with pytest.raises(UserError, match=f'#sha256= takes 64 hex digits, got {digest!r}'):
+    with pytest.raises(UserError, match=f'#sha256= must be 64 hex digits, got {digest!r}'):
         loaded(f'{server.url}/volo.pth#sha256={digest}')
     assert server.requests == []
 
@@ -760,7 +762,7 @@ def test_a_host_that_does_not_answer_is_an_error(hub):
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
-    with pytest.raises(UserError, match='cannot download .*refused.*fetch it by hand and give its path') as error:
+    with pytest.raises(UserError, match='cannot download .*refused.*download it by hand and give its path') as error:
         loaded(f'http://127.0.0.1:{port}/volo.pth')
     one_line(error)
 
@@ -776,7 +778,7 @@ def test_a_damaged_download_says_where_it_lies(server, hub):
     (server.root / 'f.pth').write_text('<html>log in first</html>')
     with pytest.raises(UserError, match='damaged') as error:
         loaded(f'{server.url}/f.pth')
-    assert f'kept as {next(hub.iterdir())}' in one_line(error)
+    assert f'downloaded to {next(hub.iterdir())}' in one_line(error)
 
 
 def test_a_hostile_download_does_not_run(server, hub):
@@ -812,7 +814,7 @@ def test_a_name_of_timms_loads_from_the_hubs_cache_without_a_network(offline, d1
 
 
 def test_a_name_of_timms_without_network_and_cache_is_an_error(offline):
-    with pytest.raises(UserError, match=r'cannot get timm://volo_d4_448\.sail_in1k .*give its path') as error:
+    with pytest.raises(UserError, match=r'cannot download timm://volo_d4_448\.sail_in1k .*give its path') as error:
         loaded('timm://volo_d4_448.sail_in1k')
     one_line(error)
 
@@ -828,9 +830,9 @@ def test_a_name_that_timm_has_not_is_answered_with_those_it_has(offline, name):
 
 
 def test_what_counts_as_classifier_is_named_exactly():
-    assert all(CLASSIFIER.fullmatch(key) for key in CLASSIFIER_KEYS)
+    assert all(PRETRAINED.classifier.fullmatch(key) for key in CLASSIFIER_KEYS)
     kept = [*VOLO('tiny').state_dict(), 'norm', 'head', 'heads.weight', 'network.4.0.norm.weight', 'cls_token.weight']
-    assert [key for key in kept if CLASSIFIER.fullmatch(key)] == []
+    assert [key for key in kept if PRETRAINED.classifier.fullmatch(key)] == []
 
 
 # Whole segmentors
@@ -880,3 +882,47 @@ def test_a_backbones_checkpoint_is_no_segmentors(tmp_path, wrapper):
 @pytest.mark.parametrize('contents', [{'state_dict': [1]}, {'state_dict': {'backbone.pos_embed': 3}}, {1: 2}], ids=str)
 def test_what_is_no_tensor_counts_as_missing(tmp_path, contents):
     assert 'missing (backbone.pos_embed' in failing_segmentor(segmentor(), saved(contents, tmp_path / 'f.pth'))
+
+
+# Other architectures
+
+
+class Pyramid(nn.Module):
+    """A backbone that shares no tensor name with VOLO."""
+
+    def __init__(self, channels: int, side: int):
+        super().__init__()
+        self.arch, self.out_indices = 'p1', (0,)
+        self.first = nn.Conv2d(channels, 4, 3)
+        self.places = nn.Parameter(torch.zeros(1, side, side, 4))
+        self.last_norm = nn.LayerNorm(4)
+
+
+PYRAMID = PretrainedFormat(
+    name='Pyramid',
+    classifier=re.compile(r'fc\..+'),
+    stem='first.weight',
+    new=re.compile(r'last_norm\..+'),
+    unbuilt=lambda key, last_stage: key.startswith('later.') and last_stage == 0,
+    recognise=lambda state: 'p2' if 'second.weight' in state else None,
+    resize={'places': resize_pos_embed},
+)
+
+
+def pyramid_state() -> dict[str, torch.Tensor]:
+    state = {key: torch.rand_like(value) for key, value in Pyramid(3, 4).state_dict().items() if 'norm' not in key}
+    return state | {'fc.weight': torch.rand(2, 4), 'later.weight': torch.rand(3)}
+
+
+def test_a_description_is_all_that_another_architecture_needs(tmp_path):
+    state, model = pyramid_state(), Pyramid(1, 6)
+    load_pretrained(model, str(saved(state, tmp_path / 'f.pth')), PYRAMID)
+    assert torch.allclose(model.first.weight, state['first.weight'].sum(1, keepdim=True))
+    assert torch.equal(model.places, resize_pos_embed(state['places'], (6, 6)))
+    assert torch.equal(model.first.bias, state['first.bias'])
+
+
+def test_another_architecture_is_named_in_messages(tmp_path):
+    path = saved(pyramid_state() | {'second.weight': torch.rand(1)}, tmp_path / 'f.pth')
+    with pytest.raises(UserError, match="does not fit Pyramid arch='p1', it is Pyramid arch='p2': 1 unexpected"):
+        load_pretrained(Pyramid(3, 4), str(path), PYRAMID)
