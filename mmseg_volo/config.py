@@ -196,6 +196,12 @@ def data_sets(dataset: dict | Sized) -> list:
     return [dataset]
 
 
+def check_tta(cfg: Config, name: str) -> None:
+    """Raise ``UserError`` unless the config says how to average over scales and flips."""
+    if not {'tta_pipeline', 'tta_model'} <= set(cfg):
+        raise UserError(f'--tta requires tta_pipeline and tta_model in {name}')
+
+
 def type_name(settings: dict) -> str:
     """Name of the class that a config asks for by name, by name with a scope (``mmseg.FCNHead``), or as the class."""
     kind = settings['type']

@@ -277,7 +277,7 @@ def test_wishes_that_cannot_be_met(tmp_path, arguments, message):
 
 def test_tta_that_the_config_does_not_have(place, tmp_path):
     (tmp_path / 'bare.py').write_text("model = dict(backbone={}, decode_head=dict(type='FCNHead', num_classes=2))")
-    with pytest.raises(UserError, match=r'--tta needs tta_pipeline and tta_model in .*bare\.py'):
+    with pytest.raises(UserError, match=r'--tta requires tta_pipeline and tta_model in .*bare\.py'):
         infer(str(tmp_path / 'bare.py'), 'never_read.pth', [str(scenes(place)[0])], str(tmp_path / 'out'), tta=True)
 
 

@@ -289,7 +289,7 @@ def test_format_with_what_does_not_go_with_it(place, unlabelled, monkeypatch):
         run(place, 'no', data='unlabelled', server_format='ade20k')
     assert list((place / 'no').iterdir()) == []
     (place / 'full/cityscapes').mkdir(parents=True)
-    with pytest.raises(UserError, match='full/cityscapes is there already; delete it'):
+    with pytest.raises(UserError, match='full/cityscapes already exists; delete it'):
         run(place, 'full', data='unlabelled', server_format='cityscapes')
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'mmseg-volo\[cityscapes\]'"):

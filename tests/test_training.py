@@ -275,3 +275,19 @@ def test_the_package_works_without_the_module_resource_as_on_windows():
     """
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', textwrap.dedent(code)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_test_with_tta_takes_wrapped_data_sets_and_requires_a_pipeline(toy, tmp_path):
+    settings = options(toy)
+    init_default_scope('mmseg')
+    cfg = load_config(CONFIG, settings)
+    torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict()), tmp_path / 'x.pth')
+    cfg.test_dataloader.dataset = dict(type='RepeatDataset', times=1, dataset=cfg.test_dataloader.dataset)
+    cfg.tta_pipeline[1].transforms[0] = [dict(type='Resize', scale_factor=0.5, keep_ratio=True)]
+    cfg.dump(str(tmp_path / 'wrapped.py'))
+    cfg.pop('tta_model')
+    cfg.dump(str(tmp_path / 'bare.py'))
+    arguments = str(tmp_path / 'x.pth'), str(tmp_path / 'work')
+    assert 0 <= measure(str(tmp_path / 'wrapped.py'), *arguments, tta=True)['mIoU'] <= 100
+    with pytest.raises(UserError, match='--tta requires tta_pipeline and tta_model in .*bare.py'):
+        measure(str(tmp_path / 'bare.py'), *arguments, tta=True)

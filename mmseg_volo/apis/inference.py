@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .._files import distinct_names, whole
-from ..config import data_sets, load_config, make_writable, without_steps
+from ..config import check_tta, data_sets, load_config, make_writable, without_steps
 from ..errors import UserError
 from ..models.pretrained import load_segmentor
 from ..models.segmentor import last_head
@@ -77,8 +77,8 @@ def infer(
     if videos and 'overlay' not in save:
         raise UserError(f'{videos[0]} is a video, which becomes an overlay only; add overlay to --save')
     cfg = load_config(config, cfg_options or {})
-    if tta and not {'tta_pipeline', 'tta_model'} <= set(cfg):
-        raise UserError(f'--tta needs tta_pipeline and tta_model in {config}')
+    if tta:
+        check_tta(cfg, config)
     predictor = _Predictor(cfg, checkpoint, _device(device), tta, amp)
     out = make_writable(out_dir)
     skipped, broken, start = [], [], time.perf_counter()

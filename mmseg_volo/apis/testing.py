@@ -1,4 +1,4 @@
-"""Scores of a checkpoint, or its label maps for a benchmark's server, one call."""
+"""Measure a checkpoint, or write its label maps for a benchmark's server, with one call."""
 
 import hashlib
 import importlib.util
@@ -24,7 +24,7 @@ from prettytable import PrettyTable
 from .._files import file_sha256
 from .._version import __version__
 from ..checkpoints.download import local_copy
-from ..config import data_sets, load_config, make_writable, set_work_dir, without_steps
+from ..config import check_tta, data_sets, load_config, make_writable, set_work_dir, without_steps
 from ..datasets.checks import check_data
 from ..engine.console import runner_on_terminal
 from ..engine.distributed import join_processes
@@ -51,25 +51,31 @@ def test(
     launcher: str = 'none',
     verbose: bool = False,
 ) -> dict:
-    """Measure a checkpoint on the config's test set; returns the mean scores, and writes them and much more.
+    """Measure a checkpoint on the config's test set; returns the mean scores and writes a report.
 
     Args:
-        checkpoint: of a segmentor; it must fit the config's model exactly.
+        config: a file, or the name of a shipped config.
+        checkpoint: a segmentor's weights; they must fit the config's model exactly.
+        work_dir: folder for logs; ``work_dirs/<config name>`` by default.
         out_dir: folder for ``metrics.json``, ``report.html`` and the rest (docs/measuring.md); by default the work dir.
-        show_dir: folder for one picture per image: image, truth, prediction.
+        show_dir: folder for one picture per image that shows image, truth and prediction.
         tta: average over the scales and flips of the config's ``tta_pipeline``.
-        compare: ``metrics.json`` of another run on the same images.
-        server_format: ``'cityscapes'`` or ``'ade20k'``: instead of measuring, write label maps as that benchmark's
-            server takes them, into a folder of that name in ``out_dir``. Needs no labels.
+        compare: ``metrics.json`` from another run on the same images.
+        server_format: ``'cityscapes'`` or ``'ade20k'``: instead of measuring, write label maps in the format of that
+            benchmark's server to a folder of that name in ``out_dir``. Needs no labels.
+        cfg_options: values that override the config, by dotted key.
+        launcher: how the processes of a distributed run were started: ``'pytorch'``, ``'slurm'`` or ``'mpi'``.
         verbose: print everything that goes into the log file.
 
     Raises:
-        UserError: config, data or checkpoint cannot work, or the runs cannot be compared.
+        UserError: the config, the data or the checkpoint cannot be used, or the two runs cannot be compared.
     """
     if server_format and (show_dir or compare):
-        raise UserError('--format measures nothing and looks at no labels: leave out --show-dir and --compare')
+        raise UserError(
+            '--format neither measures nor reads labels, so --show-dir and --compare cannot be used with it'
+        )
     cfg = load_config(config, cfg_options or {})
-    config_sha256 = _sha256(cfg.pretty_text.encode())  # of all that was asked for, before this run's folders are in it
+    config_sha256 = _sha256(cfg.pretty_text.encode())  # before this run's folders are set
     join_processes(cfg, launcher)
     cfg.load_from, cfg.resume = None, False
     if server_format:
@@ -80,9 +86,11 @@ def test(
     if show_dir:
         cfg.setdefault('custom_hooks', []).append(dict(type='SideBySideHook', out_dir=str(make_writable(show_dir))))
     if tta:
-        cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+        check_tta(cfg, config)
+        for settings in data_sets(cfg.test_dataloader.dataset):
+            settings.pipeline = cfg.tta_pipeline
         cfg.model = dict(**cfg.tta_model, module=cfg.model)
-    # The default repeats images until every process has as many, and a sum would count them twice.
+    # The default repeats images until all processes have equally many; sums would count those twice.
     cfg.test_dataloader.sampler.round_up = False
     if server_format:
         unfinished = _use_server_format(cfg, server_format, folder)
@@ -105,7 +113,7 @@ def test(
             return {}
 
         classes, images_sha256 = dataset.metainfo['classes'], _images_sha256(dataset, root)
-        other = read_run(compare, classes, images_sha256) if compare else None  # before the time that testing takes
+        other = read_run(compare, classes, images_sha256) if compare else None  # before testing, which takes time
         metrics = runner.test()
         if is_main_process():
             totals = runner.test_evaluator.metrics[0].totals
@@ -146,7 +154,7 @@ def _class_table(rows: Sequence[dict]) -> PrettyTable:
 
 
 def _common_folder(cfg: Config) -> str:
-    """Folder that all test images are in."""
+    """Folder that contains all test images."""
     roots = [
         os.path.join(settings.get('data_root') or '', settings.get('data_prefix', {}).get('img_path', ''))
         for settings in data_sets(cfg.test_dataloader.dataset)
@@ -155,7 +163,7 @@ def _common_folder(cfg: Config) -> str:
 
 
 def _images_sha256(dataset: BaseDataset, root: str) -> str:
-    """Says whether two runs measured the same images."""
+    """Digest of the image names, by which two runs on the same images are recognised."""
     names = [os.path.relpath(dataset.get_data_info(i)['img_path'], root) for i in range(len(dataset))]
     return _sha256('\n'.join(sorted(names)).encode())
 
@@ -165,7 +173,7 @@ def _sha256(content: bytes) -> str:
 
 
 def _leave_out_labels(cfg: Config) -> None:
-    """Load no labels: those of a benchmark's test set are secret."""
+    """Load no labels, because those of a benchmark's test set are secret."""
     for settings in data_sets(cfg.test_dataloader.dataset):
         settings.get('data_prefix', {}).pop('seg_map_path', None)
         settings.pipeline = without_steps(settings.pipeline, ['LoadAnnotations'])
@@ -173,23 +181,23 @@ def _leave_out_labels(cfg: Config) -> None:
 
 
 def _use_server_format(cfg: Config, name: str, folder: Path) -> Path:
-    """Set mmseg's writer as the evaluator; returns the folder that it fills."""
+    """Make mmseg's writer the evaluator; returns the folder that it writes to."""
     benchmark, writer = SERVER_FORMATS[name]
     for settings in data_sets(cfg.test_dataloader.dataset):
         classes = DATASETS.build({**settings, 'pipeline': [], 'lazy_init': True}).metainfo['classes']
         if tuple(classes) != tuple(benchmark.METAINFO['classes']):
             raise UserError(
-                f'--format {name} is for its {len(benchmark.METAINFO["classes"])} classes, '
-                f'but this test set has {len(classes)} others'
+                f'--format {name} requires the {len(benchmark.METAINFO["classes"])} classes of that benchmark, '
+                f'but this test set has {len(classes)} other classes'
             )
         if name == 'ade20k':
             settings.reduce_zero_label = True  # mmseg's writer then counts from 1
     if (folder / name).exists():
-        raise UserError(f'{folder / name} is there already; delete it, or choose another --out-dir')
+        raise UserError(f'{folder / name} already exists; delete it, or choose another --out-dir')
     if name == 'cityscapes' and importlib.util.find_spec('cityscapesscripts') is None:
-        raise UserError("--format cityscapes needs its table of ids: pip install 'mmseg-volo[cityscapes]'")
+        raise UserError("--format cityscapes requires cityscapesscripts: pip install 'mmseg-volo[cityscapes]'")
     unfinished = folder / f'.{name}.partial'
     if is_main_process():
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(unfinished, ignore_errors=True)  # left by a run that was killed
     cfg.test_evaluator = dict(**writer, output_dir=str(unfinished))
     return unfinished

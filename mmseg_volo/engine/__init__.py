@@ -1,4 +1,4 @@
-"""What plugs into mmengine's loops and optimisers."""
+"""Hooks, samplers, wrappers and constructors for mmengine's training loop."""
 
 from .layer_decay import VOLOLayerDecayConstructor
 from .memory import CPUMemoryHook

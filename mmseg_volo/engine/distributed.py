@@ -1,4 +1,4 @@
-"""How the processes of a run find each other."""
+"""Start distributed runs: how the processes find each other."""
 
 import os
 
@@ -11,7 +11,7 @@ from torch.distributed import is_torchelastic_launched
 
 from ..errors import UserError
 
-# What tells a process which one it is, overall and on its machine, and what starts such processes.
+# Environment variables with the rank and the local rank of a process, and the command that sets them.
 LAUNCHERS = {
     'pytorch': ('RANK', 'LOCAL_RANK', 'torchrun'),
     'slurm': ('SLURM_PROCID', 'SLURM_LOCALID', 'srun'),
@@ -20,30 +20,34 @@ LAUNCHERS = {
 
 
 def join_processes(cfg: Config, launcher: str) -> None:
-    """Make this process one of those that ``launcher`` started, by NCCL on GPUs and by gloo on CPUs.
+    """Join the processes that ``launcher`` started: with NCCL on GPUs, with gloo on CPUs.
 
-    Comes before anything that one process does for all. ``docs/distributed.md`` has the command lines.
+    Call it before anything that one process does for all. ``docs/distributed.md`` lists the command lines.
 
     Args:
-        launcher: ``'none'`` or one of ``LAUNCHERS``.
+        cfg: changed in place: launcher, backend and model wrapper.
+        launcher: ``'none'`` or a key of ``LAUNCHERS``.
 
     Raises:
-        UserError: the launcher did not start this process, or started more than there are GPUs.
+        UserError: the launcher did not start this process, or started more processes than this machine has GPUs.
     """
     cfg.launcher = launcher
     if launcher == 'none':
         if is_torchelastic_launched() and os.environ['WORLD_SIZE'] != '1':
             raise UserError(
-                f'torchrun started {os.environ["WORLD_SIZE"]} processes, each to run alone; add --launcher pytorch'
+                f'torchrun started {os.environ["WORLD_SIZE"]} processes, but each would run alone; '
+                'add --launcher pytorch'
             )
         return
     rank, local_rank, command = LAUNCHERS[launcher]
     if rank not in os.environ:
-        raise UserError(f'--launcher {launcher}, but {rank} is not set; start with {command}: docs/distributed.md')
-    if os.environ.get('TORCHELASTIC_MAX_RESTARTS', '0') != '0' and os.environ['TORCHELASTIC_USE_AGENT_STORE'] == 'True':
-        # Restarted processes would look for each other where those that died were (pytorch/pytorch#135712).
         raise UserError(
-            'torchrun --max-restarts works only with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, and with '
+            f'--launcher {launcher} requires {rank} in the environment; start with {command} (docs/distributed.md)'
+        )
+    if os.environ.get('TORCHELASTIC_MAX_RESTARTS', '0') != '0' and os.environ['TORCHELASTIC_USE_AGENT_STORE'] == 'True':
+        # Restarted processes would use the addresses of the dead ones (pytorch/pytorch#135712).
+        raise UserError(
+            'torchrun --max-restarts requires TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment and '
             '--standalone or --rdzv-backend c10d'
         )
     dist_cfg = cfg.setdefault('env_cfg', {}).setdefault('dist_cfg', dict(backend='nccl'))

@@ -1,4 +1,4 @@
-"""Data parallel training without a GPU, and of models that one GPU cannot hold."""
+"""Data parallel training on CPUs, and sharded training of models that do not fit on one GPU."""
 
 import torch
 from mmengine.device import get_device
@@ -21,10 +21,10 @@ from ..models.volo import Outlooker, Transformer
 
 
 class CPUSyncBatchNorm(_BatchNorm):
-    """``torch.nn.SyncBatchNorm`` for CPUs, whose tensors that one refuses: it normalises by all processes' batches."""
+    """``torch.nn.SyncBatchNorm`` for CPU tensors, which PyTorch's refuses: statistics come from all processes."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``[B, C, ...]``; processes may hold different numbers of values."""
+        """Normalise ``[B, C, ...]``; batch and image sizes may differ between processes."""
         if not self.training:
             return super().forward(x)
         per_channel = [0, *range(2, x.ndim)]
@@ -32,7 +32,7 @@ class CPUSyncBatchNorm(_BatchNorm):
         count = all_reduce(x.new_tensor(x.numel() / x.shape[1]))
         mean = all_reduce(x.sum(per_channel)) / count
         centred = x - mean.view(channels)
-        # In a second exchange: the difference of mean square and squared mean would cancel in float32.
+        # A second exchange, because the mean square minus the squared mean would lose digits in float32.
         variance = all_reduce(centred.square().sum(per_channel)) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
@@ -42,12 +42,12 @@ class CPUSyncBatchNorm(_BatchNorm):
         return centred * scale.view(channels) + self.bias.view(channels)
 
     def _check_input_dim(self, x: Tensor) -> None:
-        """Any number of dimensions will do, as for ``torch.nn.SyncBatchNorm``."""
+        """Accept any number of dimensions, as ``torch.nn.SyncBatchNorm`` does."""
 
 
 @MODEL_WRAPPERS.register_module()
 class CPUDataParallel(MMDistributedDataParallel):
-    """mmengine's wrapper for CPUs: every ``torch.nn.SyncBatchNorm`` inside becomes a ``CPUSyncBatchNorm``."""
+    """mmengine's DDP wrapper for CPUs: replaces every ``torch.nn.SyncBatchNorm`` by a ``CPUSyncBatchNorm``."""
 
     def __init__(self, module: nn.Module, **kwargs):
         _synchronise_on_cpu(module)
@@ -56,21 +56,23 @@ class CPUDataParallel(MMDistributedDataParallel):
 
 @RUNNERS.register_module()
 class ShardedRunner(Runner):
-    """mmengine's Runner with torch's FSDP2: processes share gradients, moments and, between steps, weights.
+    """mmengine's Runner with PyTorch's FSDP2: gradients, moments and, between steps, weights are sharded.
 
-    Checkpoints are whole, those of an ordinary run: the other tools read them, and either runner resumes from them.
+    Checkpoints are those of an ordinary run: all commands read them, and either runner resumes from them.
     """
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
-        """Initialise the model, then share it out: block by block the backbone, and the rest.
+        """Initialise the model, then shard it: each block of the backbone, then the rest.
 
         Raises:
-            UserError: there is one process only.
+            UserError: there is only one process.
         """
         if not self.distributed:
-            raise UserError('runner_type=ShardedRunner shares a model out to several processes; start some: --launcher')
+            raise UserError(
+                'runner_type=ShardedRunner requires several processes; start them with torchrun and --launcher pytorch'
+            )
         model.to(get_device())
-        model.init_weights()  # before: a share would draw other numbers than the whole
+        model.init_weights()  # before sharding: a shard would draw other random numbers than the whole tensor
         for tensor in model.state_dict().values():
             broadcast(tensor)
         if self.cfg.get('sync_bn'):
@@ -80,62 +82,62 @@ class ShardedRunner(Runner):
         mesh = init_device_mesh(get_device(), (get_world_size(),))
         blocks = [module for module in model.modules() if isinstance(module, Outlooker | Transformer)]
         for module in (*blocks, model):
-            # Weights stay whole through a step: an image is validated in as many passes as its size asks for, and a
-            # process that gathers weights once more than the others waits for ever.
+            # Weights stay whole during a step: larger images are validated in more passes than smaller ones, and a
+            # process that gathers weights once more than the others would wait forever.
             fully_shard(module, mesh=mesh, reshard_after_forward=False)
-        register_fsdp_forward_method(model, 'val_step')  # which does without forward()
-        model.register_load_state_dict_pre_hook(_share_out_weights)
+        register_fsdp_forward_method(model, 'val_step')  # it does not call forward()
+        model.register_load_state_dict_pre_hook(_shard_weights)
         return model
 
     def build_optim_wrapper(self, optim_wrapper: dict | OptimWrapper) -> OptimWrapper:
-        """As mmengine's; the moments of a checkpoint are shared out when they are loaded."""
+        """Build as mmengine does; moments are sharded when a checkpoint is loaded."""
         wrapper = super().build_optim_wrapper(optim_wrapper)
-        wrapper.optimizer.register_load_state_dict_pre_hook(_share_out_moments)
+        wrapper.optimizer.register_load_state_dict_pre_hook(_shard_moments)
         return wrapper
 
     def save_checkpoint(self, *args, save_optimizer: bool = True, **kwargs) -> None:
-        """Collect the shares, which takes all processes; the first one writes."""
-        self.whole = dict(state_dict=_collect(self.model.state_dict()))
+        """Gather the shards in all processes; the first process writes the file."""
+        self.whole = dict(state_dict=_gather(self.model.state_dict()))
         if save_optimizer:
-            self.whole['optimizer'] = _collect(self.optim_wrapper.state_dict())
+            self.whole['optimizer'] = _gather(self.optim_wrapper.state_dict())
         super().save_checkpoint(*args, save_optimizer=save_optimizer, **kwargs)
         del self.whole
 
     def call_hook(self, fn_name: str, **kwargs) -> None:
-        """Call the hooks; those that look at a checkpoint see it whole."""
+        """Call the hooks; those that inspect a checkpoint see whole tensors."""
         if fn_name == 'before_save_checkpoint':
             kwargs['checkpoint'].update(self.whole)
         super().call_hook(fn_name, **kwargs)
 
     def _init_model_weights(self) -> None:
-        """Done in ``wrap_model``."""
+        """Nothing: ``wrap_model`` has initialised them."""
 
 
-def _collect(state: dict) -> dict:
-    def whole(share: DTensor) -> Tensor | None:
-        tensor = share.full_tensor()
+def _gather(state: dict) -> dict:
+    def whole(shard: DTensor) -> Tensor | None:
+        tensor = shard.full_tensor()
         return tensor.cpu() if is_main_process() else None
 
     return apply_to(state, lambda value: isinstance(value, DTensor), whole)
 
 
-def _share_of(whole: Tensor, like: DTensor) -> DTensor:
-    """Every process has read the same file: nothing needs to be sent."""
+def _shard_of(whole: Tensor, like: DTensor) -> DTensor:
+    """The shard of this process; nothing is sent, because every process has read the same file."""
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def _share_out_weights(model: nn.Module, state: dict, *_: object) -> None:
+def _shard_weights(model: nn.Module, state: dict, *_: object) -> None:
     for name, parameter in model.named_parameters():
         if name in state:
-            state[name] = _share_of(state[name], parameter)
+            state[name] = _shard_of(state[name], parameter)
 
 
-def _share_out_moments(optimizer: Optimizer, state: dict) -> None:
+def _shard_moments(optimizer: Optimizer, state: dict) -> None:
     parameters = [parameter for group in optimizer.param_groups for parameter in group['params']]
     for index, moments in state['state'].items():
         for name, moment in moments.items():
-            if moment.ndim:  # others count steps
-                moments[name] = _share_of(moment, parameters[index])
+            if moment.ndim:  # scalars count steps and are not sharded
+                moments[name] = _shard_of(moment, parameters[index])
 
 
 def _synchronise_on_cpu(model: nn.Module) -> None:
@@ -148,5 +150,5 @@ def _synchronise_on_cpu(model: nn.Module) -> None:
 def _on_cpu(norm: nn.SyncBatchNorm) -> CPUSyncBatchNorm:
     own = CPUSyncBatchNorm(norm.num_features, norm.eps, norm.momentum, dtype=norm.weight.dtype).train(norm.training)
     own.load_state_dict(norm.state_dict())
-    own.weight, own.bias = norm.weight, norm.bias  # the very parameters: some are frozen
+    own.weight, own.bias = norm.weight, norm.bias  # the same objects: some are frozen
     return own

@@ -1,7 +1,7 @@
-"""Randomness as a function of the seed and of the place in the run, not of what this process did before.
+"""Random numbers that depend on the seed and the position in the run, not on what this process did before.
 
-A resumed run then draws what an uninterrupted one draws, with any number of data-loader workers, and the k-th global
-batch holds the same augmented images on one process and on many.
+A resumed run therefore draws the same numbers as an uninterrupted run, with any number of data-loader workers, and the
+k-th global batch holds the same augmented images on one process and on several.
 """
 
 import itertools
@@ -20,19 +20,19 @@ from torch.utils.data import Sampler, get_worker_info
 
 from ..errors import UserError
 
-SAMPLE, ITERATION = 0, 1  # streams that must not draw the same numbers
+SAMPLE, ITERATION = 0, 1  # separate streams of random numbers
 MAX_WORKERS, PATH_BYTES = 64, 4096
 
 
 class SampleNumber(int):
-    """Index of a sample in its data set that knows its ``place``: (the run's seed, how many samples came before)."""
+    """Index of a sample in its data set, with its ``place``: (seed of the run, number of samples before this one)."""
 
     def __new__(cls, index: int, place: tuple[int, int] = (0, 0)):
         number = super().__new__(cls, index)
         number.place = place
         return number
 
-    # How ConcatDataset and RepeatDataset find the index in the data set inside them.
+    # ConcatDataset and RepeatDataset compute the index in the data set that they wrap with - and %.
     def __sub__(self, other: int) -> 'SampleNumber':
         return SampleNumber(int(self) - other, self.place)
 
@@ -42,10 +42,14 @@ class SampleNumber(int):
 
 @DATA_SAMPLERS.register_module()
 class StreamSampler(Sampler):
-    """One endless, shuffled stream of samples for all processes; process r of w takes every w-th from the r-th on.
+    """One endless, shuffled stream of samples for all processes; process r of w takes samples r, r + w, r + 2 w, ...
 
     Args:
-        seed: of the shuffling; None draws one that all processes share.
+        dataset: the data set to sample from.
+        seed: random seed for shuffling; None draws one that all processes share.
+
+    Raises:
+        UserError: ``seed`` is not an integer from 0 to 2**63 - 1.
     """
 
     def __init__(self, dataset: Sized, seed: int | None = None):
@@ -65,7 +69,7 @@ class StreamSampler(Sampler):
         return self.size
 
     def skip(self, num_samples: int) -> None:
-        """Start after this process' first ``num_samples`` samples; mmengine's loop calls it on resuming."""
+        """Start after the first ``num_samples`` samples of this process; mmengine's loop calls it when it resumes."""
         self.start = num_samples
 
     def _stream(self) -> Iterator[int]:
@@ -77,25 +81,25 @@ class StreamSampler(Sampler):
 
 @TRANSFORMS.register_module()
 class BeginSample(BaseTransform):
-    """First of a training pipeline: seeds the augmentation with the sample's place in the run, and notes its file."""
+    """First step of a training pipeline: seeds the augmentation with the sample's place and records its file."""
 
     def __init__(self):
-        # One row per data-loader worker, in memory that the training process reads after a worker's death.
+        # One row per data-loader worker, in shared memory: the training process reads it if a worker dies.
         self.reading = torch.zeros(MAX_WORKERS, PATH_BYTES, dtype=torch.uint8).share_memory_()
 
     def transform(self, results: dict) -> dict:
-        """Leave ``results`` as they are."""
+        """Return ``results`` unchanged."""
         worker = get_worker_info()
         if worker is not None and worker.id < MAX_WORKERS:
             note = f'{os.getpid()} {results["img_path"]}'.encode()[: PATH_BYTES - 1] + b'\0'
             self.reading.numpy()[worker.id, : len(note)] = np.frombuffer(note, np.uint8)
         number = results.get('sample_idx')
-        if isinstance(number, SampleNumber):  # a plain index comes from another sampler
+        if isinstance(number, SampleNumber):  # other samplers yield plain integers
             _seed_everything(SAMPLE, *number.place)
         return results
 
     def last_file(self, pid: int) -> str | None:
-        """Image that worker process ``pid`` began last."""
+        """Path of the last image that worker process ``pid`` started to read."""
         for row in self.reading.numpy():
             owner, _, path = row.tobytes().partition(b'\0')[0].decode(errors='replace').partition(' ')
             if owner == str(pid):
@@ -105,12 +109,12 @@ class BeginSample(BaseTransform):
 
 @HOOKS.register_module()
 class IterationSeedHook(Hook):
-    """Seed Python, numpy and torch for each iteration, so that dropout and drop path do not depend on the past."""
+    """Seed Python, NumPy and PyTorch before each iteration, so that dropout and drop path can be reproduced."""
 
     priority = 'VERY_HIGH'
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
-        """Once per iteration, after its data are there; processes draw differently."""
+        """Seed with the run's seed, the iteration and the rank, after the batch has been loaded."""
         _seed_everything(ITERATION, runner.seed, runner.iter, runner.rank)
 
 
