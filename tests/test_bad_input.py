@@ -1,4 +1,4 @@
-"""What tests/soak/bad_input.py found, and that it finds such things."""
+"""Mistakes that tests/soak/bad_input.py has found, and tests of that script."""
 
 import importlib.util
 import json
@@ -44,7 +44,7 @@ def place(tmp_path_factory) -> Path:
 
 
 def sentence(action, capsys) -> str:
-    """What is printed where ``action`` ends with one sentence."""
+    """The one sentence that ``action`` must end with."""
     with pytest.raises(SystemExit) as end, one_sentence_errors():
         action()
     assert end.value.code == 2

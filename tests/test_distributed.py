@@ -1,4 +1,4 @@
-"""Several processes, on a CPU: they give what one gives."""
+"""Distributed runs on a CPU: equal results, and errors that keep their reason."""
 
 import os
 import signal
@@ -32,7 +32,7 @@ HEADS, WIDTH, SIZE = 2, 4, (6, 5)
 
 
 class Outlook(nn.Module):
-    """Outlook attention between two BatchNorms; in float64, where the order of summation does not show."""
+    """Outlook attention between two BatchNorms, in float64, so that the order of summation does not matter."""
 
     def __init__(self):
         super().__init__()
@@ -58,14 +58,14 @@ def images() -> Tensor:
 
 
 def step(model: nn.Module, x: Tensor, processes: int) -> None:
-    """A training step of a loss that is a sum over images; DDP averages over processes."""
+    """Backward pass of a loss that is a sum over images; DDP averages over processes."""
     y = model.train()(x)
     weights = torch.linspace(0, 1, y[0].numel(), dtype=y.dtype).view_as(y[0])
     (processes * (y * weights).sin()).sum().backward()
 
 
 def results(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Gradients, running statistics, and what evaluation then gives."""
+    """Gradients, running statistics, and the output in evaluation mode."""
     gradients = {f'd {name}': parameter.grad for name, parameter in model.named_parameters()}
     with torch.no_grad():
         output = model.eval()(x)
@@ -84,7 +84,7 @@ def one_of_two(folder: Path) -> None:
 
 
 def run_two(function: Callable[[Path], None], folder: Path) -> list[tuple[int, str]]:
-    """Status and stderr of two fresh processes, which cannot wait for a lock that pytest's threads held in a fork."""
+    """Exit status and stderr of two fresh processes; forks could deadlock on locks that pytest's threads hold."""
     call = f'import test_distributed as t; from pathlib import Path; t.{function.__name__}(Path({str(folder)!r}))'
     paths = os.pathsep.join([str(ROOT), str(ROOT / 'tests')])
     processes = [
@@ -107,7 +107,7 @@ def run_two(function: Callable[[Path], None], folder: Path) -> list[tuple[int, s
 
 @pytest.fixture(scope='module')
 def two(tmp_path_factory) -> list[dict[str, Tensor]]:
-    """What each of two processes has after a step around the operator, with unequal shares of the batch."""
+    """Results of each of two processes after a step with unequal shares of the batch."""
     folder = tmp_path_factory.mktemp('two')
     for status, said in run_two(one_of_two, folder):
         assert status == 0, said
@@ -248,7 +248,7 @@ def test_a_mistake_that_all_processes_make_is_said_once(tmp_path):
     assert 'mmseg_volo_cli.py", line' not in done.stderr
 
 
-# As torch 2.11 raised them when a process was killed or asleep, and NCCL's as in its documentation.
+# Messages of PyTorch 2.11 after a process was killed or stopped answering; NCCL's is from its source code.
 @pytest.mark.parametrize(
     ('kind', 'message'),
     [

@@ -1,4 +1,4 @@
-"""Randomness follows from the seed and the place in the run."""
+"""Random numbers follow from the seed and the position in the run."""
 
 import copy
 import itertools
@@ -53,7 +53,9 @@ def test_a_resumed_loader_gives_what_it_would_have_given(loader, workers):
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     resumed = batches(loader, 5, skip=3, num_workers=workers)
     assert all(torch.equal(a, b) for a, b in zip(whole[3:], resumed, strict=True))
-    assert not any(torch.equal(a, b) for a, b in itertools.combinations(whole, 2)), 'an augmentation came twice'
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(whole, 2)), (
+        'two samples got the same augmentation'
+    )
 
 
 def test_processes_share_one_stream(monkeypatch):

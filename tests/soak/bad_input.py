@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Bad input, by the thousand, through the tools' own main(): tests/soak/bad_input.py --short
+"""Try thousands of bad inputs through the tools' own main(): tests/soak/bad_input.py --short
 
-Hypothesis draws each case and, where one ends badly, looks for a smaller one that does, too. Each runs in a fork of its
-own, so that a crash or a hang is that of one case. Status 1 if any case ended otherwise than well or with one sentence.
+Hypothesis draws the cases and shrinks those that fail. Each case runs in its own fork, so that a crash or a hang ends
+only that case. Exit status 1 if a case ends neither successfully nor with one sentence.
 """
 
 import argparse
@@ -65,7 +65,7 @@ SMALL = {  # a run that ends before its first iteration, and is quick until then
 }
 
 
-# Damage to bytes, and pictures as their authors would never make them.
+# Damaged bytes, and unusual pictures.
 
 damages = st.one_of(
     st.just(('none',)),
@@ -77,7 +77,7 @@ damages = st.one_of(
 
 
 def damaged(content: bytes, damage: tuple) -> bytes:
-    """``content`` after what ``damages`` describes."""
+    """``content`` with the damage that ``damages`` describes."""
     kind, *how = damage
     if kind == 'cut':
         return content[: int(how[0] * len(content))]
@@ -141,7 +141,7 @@ files = st.tuples(stems, st.sampled_from(IMAGE_SUFFIXES), st.one_of(st.tuples(pi
 
 
 def put(path: Path, content: tuple | str) -> None:
-    """Make what ``files`` describes."""
+    """Create a file or something else that ``files`` describes."""
     if content == 'folder':
         path.mkdir()
     elif content == 'fifo':
@@ -262,7 +262,7 @@ options_cases = st.tuples(
 
 
 def with_config(tool: str, config: Path | str, changes: dict) -> tuple[str, list]:
-    """The tool on sound data and a sound picture, with a config that may not be."""
+    """The tool on sound data and a sound picture, with a config that may be broken."""
     more = dict(train=['--work-dir', 'work'], check_data=[], infer=[CHECKPOINT, 'picture.png'])[tool]
     return tool, [config, *more, *options(changes)]
 
@@ -340,7 +340,7 @@ def checkpoints(case: tuple) -> tuple[str, list]:
     return tool, [CONFIG, *more, *(['--work-dir', 'work'] if tool == 'train' else []), *options()]
 
 
-TOOLS = {  # arguments that would do, and leave nothing long to do
+TOOLS = {  # valid arguments for a run that ends quickly
     'train': [CONFIG, '--work-dir', 'work', '--seed', '0'],
     'test': [CONFIG, CHECKPOINT, '--out-dir', 'out'],
     'infer': [CONFIG, CHECKPOINT, 'picture.png', '--opacity', '0.5', '--save', 'labels', '--device', 'cpu'],
@@ -370,7 +370,7 @@ QUICK = ('profile-step', 'benchmark-sliding', 'benchmark', 'demo')  # once their
 
 
 def commands(case: tuple) -> tuple[str, list]:
-    """A command line that would do, changed at up to two places."""
+    """A valid command line, changed in up to two places."""
     tool, changes = case
     words = list(TOOLS[tool])
     for place, edit, word in changes:
@@ -432,7 +432,7 @@ def complaint(door: Callable, case: tuple) -> tuple[str, int]:
 
 
 def run_alone(door: Callable, case: tuple, place: Path) -> tuple[str, int]:
-    """``complaint`` in a fork, which may crash or hang."""
+    """Run ``complaint`` in a fork, which may crash or hang."""
     with tempfile.TemporaryDirectory(prefix='bad_input_') as folder:
         end, other_end = os.pipe()
         child = os.fork()
@@ -470,7 +470,7 @@ def run_alone(door: Callable, case: tuple, place: Path) -> tuple[str, int]:
 
 
 def draw(door: Callable, number: int, place: Path) -> tuple[Counter, str | None]:
-    """BATCH cases, up to the first that ends badly; that one as small as it gets."""
+    """Run BATCH cases up to the first that fails, and shrink that one."""
     seen, counts, failed, tries = {}, Counter(), None, TRIES
 
     @seed(number)

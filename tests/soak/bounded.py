@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""A long run needs no more memory or file descriptors than a short one, and a dead data-loader worker is explained."""
+"""Check that memory and open files do not grow during a long run, and that a dead data-loader worker is explained."""
 
 import json
 import os
@@ -21,7 +21,7 @@ LIMIT = 4.0  # MiB: mmengine keeps every logged number, about half a MiB per 1,0
 
 @HOOKS.register_module()
 class MeterHook(Hook):
-    """Note resident memory after each iteration and open descriptors after each validation."""
+    """Record resident memory after each iteration and open file descriptors after each validation."""
 
     def __init__(self, path: str):
         self.path, self.memory, self.descriptors = Path(path), [], []
@@ -37,7 +37,7 @@ class MeterHook(Hook):
 
 @TRANSFORMS.register_module()
 class Deadly(BaseTransform):
-    """Kill the worker that reads one certain file, as the kernel does where memory runs out."""
+    """Kill the worker that reads one particular file, as the kernel does when memory runs out."""
 
     def transform(self, results: dict) -> dict:
         if DEADLY in results['img_path']:
@@ -66,7 +66,7 @@ def main() -> None:
         settled = np.array(memory[len(memory) // 4 :])  # allocators and caches fill first
         slope, error = (len(settled) * value for value in slope_and_error(settled))
         report.row(
-            f'memory: MiB more, by a line through the last {len(settled)} of {iterations} iterations',
+            f'memory: growth in MiB, fitted to the last {len(settled)} of {iterations} iterations',
             f'{slope:.2f} +- {error:.2f} of {settled.mean():.0f}',
             LIMIT,
             slope <= LIMIT,
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def slope_and_error(values: np.ndarray) -> tuple[float, float]:
-    """Least-squares slope per step, and its error from the scatter between twenty blocks of independent noise."""
+    """Least-squares slope per step, and its error estimated from twenty blocks with independent noise."""
     blocks = np.array([block.mean() for block in np.array_split(values, 20)])
     (slope, _), covariance = np.polyfit(np.arange(20), blocks, 1, cov=True)
     per_block = len(values) / 20

@@ -1,4 +1,4 @@
-"""What the soak scripts share: toy data, trainings in child processes, a table with a verdict."""
+"""Shared by the soak scripts: toy data, trainings in child processes, a table with a verdict."""
 
 import os
 import shutil
@@ -24,8 +24,8 @@ CONFIG = Path(__file__).parents[2] / 'configs/volo_tiny_toy_streets.py'
 
 def arguments(description: str) -> Namespace:
     parser = ArgumentParser(description=description)
-    parser.add_argument('--short', action='store_true', help='what CI runs')
-    torch.set_num_threads(1)  # before any parallel region, whose threads a forked child would miss
+    parser.add_argument('--short', action='store_true', help='the short version, which CI runs')
+    torch.set_num_threads(1)  # before any parallel region: a forked child would lack its threads
     return parser.parse_args()
 
 
@@ -57,7 +57,7 @@ def options(place: Path, **more: object) -> dict:
 
 
 def start_training(work_dir: Path, **settings: object) -> int:
-    """Train in a child with a process group of its own, output in ``<work_dir>.log``; its pid."""
+    """Train in a child process with its own process group, output in ``<work_dir>.log``; returns the process id."""
     pid = os.fork()
     if pid:
         return pid
@@ -79,7 +79,7 @@ def start_training(work_dir: Path, **settings: object) -> int:
 
 
 def wait(pid: int, seconds: float = 600) -> int | None:
-    """Exit status of a child, minus the signal's number if one ended it; None while it still runs after ``seconds``."""
+    """Exit status of a child, negative if a signal ended it; None if it still runs after ``seconds``."""
     end = time.monotonic() + seconds
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -91,7 +91,7 @@ def wait(pid: int, seconds: float = 600) -> int | None:
 
 
 def kill(pid: int) -> int | None:
-    """SIGKILL a training and its data-loader workers; its status if it had ended by itself."""
+    """SIGKILL a training and its data-loader workers; returns its status if it had already ended."""
     ended = wait(pid, 0)
     try:
         os.killpg(pid, signal.SIGKILL)
@@ -101,7 +101,7 @@ def kill(pid: int) -> int | None:
 
 
 def differences(work_dir: Path, reference: Path) -> list[str]:
-    """What of two finished runs is not the same, bit for bit: weights, optimizer, schedulers, averages, bookkeeping."""
+    """Parts of two finished runs that differ in any bit: weights, optimizer, schedulers, averages, bookkeeping."""
     found = []
     names = [sorted(path.name for path in folder.glob('*.pth*')) for folder in (work_dir, reference)]
     if names[0] != names[1]:
@@ -118,7 +118,7 @@ def differences(work_dir: Path, reference: Path) -> list[str]:
 
 
 def same(one: object, other: object) -> bool:
-    """Equal bit for bit, NaN included, through dicts and lists."""
+    """Whether two values are equal bit for bit, NaN included; looks into dicts and lists."""
     if isinstance(one, torch.Tensor):
         return one.dtype == other.dtype and one.numpy().tobytes() == other.numpy().tobytes()
     if isinstance(one, dict):

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Losses that are not finite: stopped with the batch saved, or skipped as often as allowed, and the run stays sound."""
+"""Check that a non-finite loss stops the run and saves its batch, or is skipped and leaves the weights finite."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ POISONED = '_000003_'  # in the file's name
 
 @TRANSFORMS.register_module()
 class Poison(BaseTransform):
-    """Make one image of the training set infinite, as a broken file might be."""
+    """Make one training image infinite, as a broken file might be."""
 
     def transform(self, results: dict) -> dict:
         if POISONED in results['img_path']:
@@ -25,7 +25,7 @@ class Poison(BaseTransform):
 
 def main() -> None:
     arguments(__doc__)
-    report = Report('numbers that go wrong')
+    report = Report('losses that are not finite')
     with toy_place() as place:
         settings = options(place, **{'train_cfg.max_iters': 24, 'train_cfg.val_interval': 24})
         poisoned = {**settings, 'train_dataloader.dataset.pipeline.6': dict(type='Poison')}
@@ -35,7 +35,7 @@ def main() -> None:
         sentence = [line for line in Path(f'{work_dir}.log').read_text().splitlines() if line.startswith('error: ')]
         report.row('a poisoned image: exit status', status, 2, status == 2)
         named = len(sentence) == 1 and POISONED in sentence[0] and 'learning rate' in sentence[0]
-        report.row('says iteration, learning rate and files', sentence[-1:], 'one sentence', named)
+        report.row('names iteration, learning rate and files', sentence[-1:], 'one sentence', named)
         saved = [read_checkpoint(path) for path in work_dir.glob('non_finite_iter_*.pth')]
         good = len(saved) == 1 and any(POISONED in file for file in saved[0]['files'])
         report.row('the batch is saved', [batch['files'] for batch in saved], 1, good)

@@ -1,6 +1,6 @@
-"""Two processes against one, and processes that die, on a CPU, in one table; --short: no FSDP2, Slurm, mistakes.
+"""Compare two processes with one on a CPU, and kill some; --short leaves out FSDP2, Slurm and mistakes.
 
-Everything runs in float64 on five images, an odd number, with augmentation, auxiliary head and clipped gradients.
+All runs use float64, five validation images (an odd number), augmentation, an auxiliary head and gradient clipping.
 """
 
 import json
@@ -35,7 +35,7 @@ OPTIONS = [
 
 
 def add_difference(report: Report, what: str, ours: Path, reference: Path) -> None:
-    """Append the largest difference of any weight or running statistic in two checkpoints."""
+    """Add a row with the largest difference between the weights and running statistics of two checkpoints."""
     one, other = (read_checkpoint(path)['state_dict'] for path in (reference, ours))
     assert one.keys() == other.keys()
     largest = max(float((one[key].double() - other[key].double()).abs().max()) for key in one)
@@ -74,7 +74,7 @@ def start(folder: Path, log: str, *command: object, **environment: str) -> subpr
 
 
 def finish(folder: Path, **processes: subprocess.Popen) -> None:
-    """Wait for processes that must succeed; prints the log of one that does not."""
+    """Wait for processes that must succeed; prints the log of one that fails."""
     for log, process in processes.items():
         if process.wait(PATIENCE):
             sys.exit(f'{(folder / f"{log}.log").read_text()}\n{log} ended with status {process.returncode}')
@@ -150,7 +150,7 @@ def validation(work_dir: Path) -> dict:
 
 
 def a_dead_process_is_replaced_and_then_ends_the_run(folder: Path, report: Report) -> None:
-    """torchrun has one restart: rank 1 is killed twice."""
+    """torchrun may restart once; rank 1 is killed twice."""
     run = start(
         folder,
         'elastic',
@@ -186,7 +186,7 @@ def a_dead_process_is_replaced_and_then_ends_the_run(folder: Path, report: Repor
 
 
 def shares_equal_the_whole(folder: Path, report: Report) -> None:
-    """FSDP2 with activation checkpointing; an ordinary run goes on with it for a step, and it with that one."""
+    """FSDP2 with activation checkpointing, resumed for a step by an ordinary run, and then by FSDP2 again."""
     sharded = ['runner_type=ShardedRunner', 'model.backbone.with_cp=True']
     parts = [training(2, 'sharded_work', steps=steps, save_every=steps) for steps in (2, 3, STEPS)]
     run = start(
@@ -203,7 +203,7 @@ def shares_equal_the_whole(folder: Path, report: Report) -> None:
 
 
 def slurm_equals_torchrun(folder: Path, report: Report) -> None:
-    """Two processes that find each other by Slurm's variables."""
+    """Two processes that find each other through Slurm's environment variables."""
     variables = dict(
         SLURM_NTASKS='2', SLURM_NODELIST='localhost', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port())
     )
@@ -226,7 +226,7 @@ def slurm_equals_torchrun(folder: Path, report: Report) -> None:
 
 
 def a_mistake_is_one_sentence(folder: Path, report: Report) -> None:
-    """Of all processes, and of one."""
+    """A mistake that all processes meet, and one that only a single process meets."""
     shutil.copytree(folder / 'toy', folder / 'broken')
     last = sorted((folder / 'broken').glob('gtFine/val/*/*_labelTrainIds.png'))[1]  # read by rank 1 of 2
     last.write_bytes(b'no PNG')

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The same seed gives the same weights, bit for bit: twice, and with another number of data-loader workers."""
+"""Check that one seed gives the same weights, bit for bit, in two runs and with another number of workers."""
 
 from pathlib import Path
 
@@ -30,14 +30,14 @@ def main() -> None:
             assert wait(child) == 0, Path(f'{place / name}.log').read_text()
             return place / name
 
-        # A forked child may use the GPU because this process has not touched it.
+        # Forked children may use the GPU as long as this process does not.
         first, second, third = run('first', 2), run('second', 2), run('third', 0)
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'
         for what, other in (('twice', second), ('with 2 and with 0 data-loader workers', third)):
             found = differences(other, first)
             report.row(f'{device}: bit differences, {what}', '; '.join(found) or 0, 0, not found)
     if not torch.cuda.is_available():
-        report.row('CUDA', 'not run: torch finds no GPU', '', True)
+        report.row('CUDA', 'not run: PyTorch finds no GPU', '', True)
     report.finish()
 
 
