@@ -263,7 +263,7 @@ options_cases = st.tuples(
 
 def with_config(tool: str, config: Path | str, changes: dict) -> tuple[str, list]:
     """The tool on sound data and a sound picture, with a config that may be broken."""
-    more = dict(train=['--work-dir', 'work'], check_data=[], infer=[CHECKPOINT, 'picture.png'])[tool]
+    more = {'train': ['--work-dir', 'work'], 'check-data': [], 'infer': [CHECKPOINT, 'picture.png']}[tool]
     return tool, [config, *more, *options(changes)]
 
 
