@@ -1,17 +1,21 @@
 """The terminal output of training and testing: short on a terminal and in a pipe, complete in the log file."""
 
 import json
+import logging
 import os
 import pty
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
+from mmseg_volo.config import load_config
 from mmseg_volo.datasets.toy_streets import make_toy_streets
+from mmseg_volo.engine.console import WARNINGS, runner_on_terminal
 
 COMMAND = [sys.executable, '-m', 'mmseg_volo_cli', 'train', 'volo_tiny_toy_streets', '--cfg-options']
 COMMAND += ['train_cfg.max_iters=4', 'train_cfg.val_interval=4', 'default_hooks.logger.interval=2']
@@ -98,3 +102,15 @@ def test_verbose_prints_what_the_log_file_gets(place):
     command = [*COMMAND, 'data_root=toy', 'work_dir=verbose', '--verbose']
     done = subprocess.run(command, cwd=place, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and 'System environment:' in done.stdout and 'Hooks will be executed' in done.stdout
+
+
+def test_the_warnings_of_the_caller_are_his_again_afterwards(place, tmp_path):
+    own = logging.NullHandler()
+    WARNINGS.addHandler(own)
+    cfg = load_config('volo_tiny_toy_streets', dict(data_root=str(place / 'toy'), work_dir=str(tmp_path)))
+    shown = warnings.showwarning
+    with pytest.raises(ZeroDivisionError), runner_on_terminal(cfg):
+        assert warnings.showwarning is not shown and not WARNINGS.propagate and len(WARNINGS.handlers) == 2
+        raise ZeroDivisionError
+    assert warnings.showwarning is shown and WARNINGS.propagate and WARNINGS.handlers == [own]
+    WARNINGS.removeHandler(own)

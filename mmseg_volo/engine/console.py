@@ -34,6 +34,7 @@ def runner_on_terminal(cfg: Config, verbose: bool = False) -> Iterator[Runner]:
         yield kind.from_cfg(cfg)
         return
     progress = ProgressHook()
+    handlers, propagate = list(WARNINGS.handlers), WARNINGS.propagate
     logging.captureWarnings(True)
     WARNINGS.propagate = False
     try:
@@ -44,7 +45,7 @@ def runner_on_terminal(cfg: Config, verbose: bool = False) -> Iterator[Runner]:
     finally:
         progress.close()
         logging.captureWarnings(False)
-        WARNINGS.handlers.clear()
+        WARNINGS.handlers[:], WARNINGS.propagate = handlers, propagate
 
 
 class ProgressHook(Hook):
