@@ -205,7 +205,7 @@ def check_tta(cfg: Config, name: str) -> None:
 def type_name(settings: dict) -> str:
     """Name of the class that a config asks for by name, by name with a scope (``mmseg.FCNHead``), or as the class."""
     kind = settings['type']
-    return kind.rpartition('.')[2] if isinstance(kind, str) else kind.__name__
+    return kind.rpartition('.')[2] if isinstance(kind, str) else getattr(kind, '__name__', repr(kind))
 
 
 def without_steps(pipeline: Sequence, names: Sequence[str]) -> list:

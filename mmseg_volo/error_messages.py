@@ -1,6 +1,7 @@
 """How exceptions reach the user: a mistake is one sentence on stderr with exit status 2, a defect is a traceback."""
 
 import errno
+import inspect
 import os
 import re
 import sys
@@ -86,7 +87,7 @@ def _sentence(error: Exception) -> str | None:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     if frames[-1].f_code is nn.Module.__getattr__.__code__:  # the line that asked for the attribute is at fault
         frames.pop()
-    if not any(frame.f_code in _builders() for frame in frames) or _is_ours(frames[-1]):
+    if not any(frame.f_code in _builders() for frame in frames) or _is_ours(error, frames[-1]):
         return None
     built = [frame.f_locals['cfg'] for frame in frames if frame.f_code is build_from_cfg.__code__]
     types = [cfg['type'] for cfg in built if isinstance(cfg, dict) and 'type' in cfg]
@@ -95,7 +96,11 @@ def _sentence(error: Exception) -> str | None:
     return f'the config cannot be used: {where}{reason} {SHOW}'
 
 
-def _is_ours(frame: FrameType) -> bool:
+def _is_ours(error: Exception, frame: FrameType) -> bool:
+    """Whether a line of this package is at fault, and not an argument that a constructor of ours only passes on."""
+    passed_on = frame.f_code.co_flags & inspect.CO_VARKEYWORDS and 'argument' in str(error)
+    if isinstance(error, TypeError) and frame.f_code.co_name == '__init__' and passed_on:
+        return False
     return PACKAGE in Path(frame.f_code.co_filename).parents
 
 

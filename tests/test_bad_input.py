@@ -140,6 +140,7 @@ def test_a_defect_of_ours_keeps_its_traceback_where_mmengine_builds(monkeypatch)
     ('options', 'message'),
     [
         ({'model.backbone.depth': 3}, "VOLO: TypeError: .*unexpected keyword argument 'depth'"),
+        ({'model.depth': 3}, "SlidingSegmentor: TypeError: .*unexpected keyword argument 'depth'"),
         ({'model.backbone.img_size': 'abc'}, "img_size must be a side or .*, got 'abc'"),
         ({'model.backbone.img_size': [1, 2, 3]}, r'img_size must be a side or .*, got \[1, 2, 3\]'),
         ({'model.backbone.drop_path_rate': 'abc'}, "drop_path_rate must be a number from 0 to 1, got 'abc'"),

@@ -216,6 +216,7 @@ def test_a_file_that_was_replaced_is_read_again(tmp_path):
 def test_a_type_is_named_in_three_ways():
     for kind in ('FCNHead', 'mmseg.FCNHead', FCNHead):
         assert type_name(dict(type=kind)) == 'FCNHead'
+    assert type_name(dict(type=None)) == 'None'  # which mmengine refuses
 
 
 def test_steps_are_left_out_at_any_depth():
