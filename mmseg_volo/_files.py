@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, their SHA-256, and distinct names for outputs."""
+"""Atomic writing of files, their SHA-256, and distinct names for outputs."""
 
 import hashlib
 import os
@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-PARTIAL = '.partial-'  # before the name of a file that is being written
+PARTIAL = '.partial-'  # prefix of the name of a file that is being written
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A name to write to, which becomes ``path`` unless something is raised, so that nobody finds half a file."""
+    """Yield a temporary path that is renamed to ``path`` on success and removed on an error: whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(PARTIAL + path.name)  # of the same suffix: OpenCV goes by it
+    partial = path.with_name(PARTIAL + path.name)  # the same suffix, from which OpenCV takes the format
     try:
         yield partial
         os.replace(partial, path)
@@ -23,7 +23,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def file_sha256(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
+    """SHA-256 of a file in hex digits."""
     digest = hashlib.sha256()
     with path.open('rb') as file:
         while block := file.read(2**20):

@@ -1,4 +1,4 @@
-"""Are mmengine, mmcv and mmseg there, once each? Two families of distributions own these import names."""
+"""Check that mmengine, mmcv and mmseg are installed once each; two families of distributions provide them."""
 
 import warnings
 from contextlib import redirect_stdout
@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from io import StringIO
 
-# import name -> (onedl's distribution, OpenMMLab's distributions)
+# import name: (onedl's distribution, OpenMMLab's distributions)
 FAMILIES = {
     'mmengine': ('onedl-mmengine', ('mmengine', 'mmengine-lite')),
     'mmcv': ('onedl-mmcv', ('mmcv', 'mmcv-lite')),
@@ -17,7 +17,7 @@ INSTALL = f'pip install {" ".join(maintained for maintained, _ in FAMILIES.value
 
 
 def why_not_usable() -> str | None:
-    """One sentence that says what to type where the mm packages are missing or installed over each other."""
+    """Return the command that repairs missing or conflicting mm packages in one sentence, or None if all is well."""
     for maintained, others in FAMILIES.values():
         doubled = [name for name in others if _installed(name)]
         if _installed(maintained) and doubled:
@@ -33,11 +33,11 @@ def why_not_usable() -> str | None:
 
 
 def require_one_stack() -> None:
-    """Raise ``ImportError`` with that sentence, if there is one; else import the stack without its chatter."""
+    """Import the mm packages without their messages; raises ``ImportError`` if they are not usable."""
     reason = why_not_usable()
     if reason is not None:
         raise ImportError(reason)
-    # mmcv warns of operators, and mmseg prints of a cloud service, that nothing here uses.
+    # mmcv warns about missing operators, and mmseg prints about a cloud service; neither is used here.
     with warnings.catch_warnings(), redirect_stdout(StringIO()):
         warnings.simplefilter('ignore')
         for name in ('mmcv.cnn', 'mmseg.datasets', 'mmseg.models'):

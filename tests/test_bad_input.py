@@ -150,7 +150,7 @@ def test_a_defect_of_ours_keeps_its_traceback_where_mmengine_builds(monkeypatch)
         ({'model.test_cfg': 'whole'}, "test_cfg must be a dict, got 'whole'"),
         (
             {'model.test_cfg': dict(mode='slide', crop_size=64, stride=(32, 32))},
-            'stride must lie between .* and crop_size 64, got',
+            'stride must be between .* and crop_size 64, got',
         ),
     ],
 )

@@ -271,7 +271,7 @@ def test_explain_names_every_choice_with_reasons():
 @pytest.mark.parametrize(
     ('forced', 'dtype', 'message'),
     [
-        ('cpu', torch.float64, 'MMSEG_VOLO_OUTLOOK=cpu, but it knows float32 and bfloat16 only, not torch.float64'),
+        ('cpu', torch.float64, 'MMSEG_VOLO_OUTLOOK=cpu, but it supports only float32 and bfloat16, not torch.float64'),
         ('triton', torch.float32, 'MMSEG_VOLO_OUTLOOK=triton, but the tensors are on cpu'),
         ('fastest', torch.float32, "must be one of triton, cpu, torch, reference, got 'fastest'"),
     ],
@@ -337,7 +337,7 @@ def test_module_equals_timms_in_value_and_every_gradient(size):
     ('change', 'message'),
     [
         (dict(kernel_size=2), 'kernel_size must be odd'),
-        (dict(stride=4), 'stride must lie between'),
+        (dict(stride=4), 'stride must be between'),
         (dict(stride=1), 'do not fit'),
         (dict(kernel_size=5), 'do not fit'),
     ],

@@ -493,7 +493,7 @@ def test_volo_is_registered_in_mmseg():
         (dict(arch='tiny', out_indices=(0, 4)), r'out_indices .* got \(0, 4\)'),
         (dict(arch='tiny', out_indices=()), 'out_indices'),
         (dict(arch='tiny', out_indices=(2, 1)), 'ascending'),
-        (dict(arch='tiny', frozen_stages=5), 'frozen_stages must lie between -1 and 4, got 5'),
+        (dict(arch='tiny', frozen_stages=5), 'frozen_stages must be between -1 and 4, got 5'),
     ],
 )
 def test_wrong_arguments_are_one_sentence(arguments, message):

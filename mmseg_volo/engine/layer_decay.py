@@ -15,29 +15,30 @@ from ..models.volo import DOWNSAMPLE, VOLO
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class VOLOLayerDecayConstructor(DefaultOptimWrapperConstructor):
-    """Learning rates that shrink by ``decay_rate`` per block from the head down to the stem.
+    """Optimizer constructor with learning rates that shrink by ``decay_rate`` per block from the head to the stem.
 
     BEiT's rule (https://arxiv.org/abs/2106.08254) for VOLO's blocks, counted through all four stages: layer 0 is the
-    stem, layer i the i-th block, the last layer neck, heads and output norms. The embedding of positions and the
-    downsampling belong to the first block after them. Vectors (norms, biases) and ``pos_embed`` are not decayed.
+    stem, layer i is the i-th block, and the last layer comprises neck, heads and output norms. The position embedding
+    and the downsampling belong to the block that follows them. Norms, biases and ``pos_embed`` have no weight decay.
 
     Args:
         paramwise_cfg: ``dict(decay_rate=...)``, between 0 and 1.
     """
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
-        """Build the optimizer; raises ``UserError`` where mmengine would go on without layers."""
+        """Build the optimizer; raises ``UserError`` for settings that mmengine would silently ignore."""
         rate = self.paramwise_cfg.get('decay_rate')
         if set(self.paramwise_cfg) != {'decay_rate'} or not isinstance(rate, (int, float)) or not 0 < rate <= 1:
             raise UserError(
-                f'VOLOLayerDecayConstructor takes paramwise_cfg=dict(decay_rate=0 to 1), got {self.paramwise_cfg}'
+                'VOLOLayerDecayConstructor requires paramwise_cfg=dict(decay_rate=...) with a rate above 0 and at most '
+                f'1, got {self.paramwise_cfg}'
             )
         if self.base_lr is None or self.base_wd is None:
             raise UserError(f'VOLOLayerDecayConstructor needs lr and weight_decay, got optimizer={self.optimizer_cfg}')
         return super().__call__(model)
 
     def add_params(self, params: list[dict], module: nn.Module, **kwargs) -> None:
-        """Append one group per layer and kind to ``params``, and log them as one table."""
+        """Append one group per layer, with and without weight decay, to ``params``, and log a table of them."""
         if not isinstance(getattr(module, 'backbone', None), VOLO):
             raise UserError(f'VOLOLayerDecayConstructor needs a VOLO backbone, got {type(module).__name__}')
         rate = self.paramwise_cfg['decay_rate']

@@ -1,4 +1,4 @@
-"""VOLO, its weights and what stands between it and a decode head."""
+"""The VOLO backbone, its pretrained weights, and segmentors that test images of any size."""
 
 from .segmentor import SlidingCascadeSegmentor, SlidingSegmentor, SlidingTTAModel
 from .volo import ARCHITECTURES, VOLO

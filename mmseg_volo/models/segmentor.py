@@ -1,4 +1,4 @@
-"""Segmentor that tests images of any size in memory that does not grow with their area."""
+"""Segmentors that test images of any size in memory that does not grow with their area."""
 
 from collections.abc import Iterator, Mapping
 
@@ -14,22 +14,22 @@ from torch import Tensor, nn
 from ..errors import UserError
 from .volo import are_positive
 
-ROWS = 64  # of the label map, made at a time
-WINDOWS_ON_A_GPU, WINDOWS_ON_A_CPU = 8, 1  # in a batch; a CPU is busy with one
+ROWS = 64  # rows of the label map that are computed at a time
+WINDOWS_ON_A_GPU, WINDOWS_ON_A_CPU = 8, 1  # per batch; one window keeps a CPU busy
 
 
 @MODELS.register_module()
 class SlidingSegmentor(EncoderDecoder):
     """mmseg's ``EncoderDecoder``, tested in batches of windows and rows of logits.
 
-    Windows lie where mmseg's ``slide_inference`` puts them. Each is normalised by itself, and rows become labels
-    as soon as no further window covers them, so that neither the normalised image nor its logits ever exist as a whole.
+    The windows are those of mmseg's ``slide_inference``. Each is normalised on its own, and rows become labels as soon
+    as no further window covers them, so that the normalised image and its logits never exist as a whole.
 
     ``test_cfg``, besides mmseg's ``mode``, ``crop_size`` and ``stride``:
-        batch_size: windows at a time; 8 on a GPU and 1 on a CPU by default, halved when device memory runs out.
-        weighting: how overlapping windows are averaged: ``'uniform'`` as in mmseg, or ``'hann'``, which trusts the
-            middle of a window more than its border and leaves no seams.
-        logits: also return ``seg_logits`` (float32, classes x area) with each prediction.
+        batch_size: number of windows per batch, 8 on a GPU and 1 on a CPU by default; halved when memory runs out.
+        weighting: weights for averaging overlapping windows: ``'uniform'`` as in mmseg, or ``'hann'``, which prefers
+            the middle of a window to its border and leaves no seams.
+        logits: also return ``seg_logits``, float32 ``[classes, H, W]``, with each prediction.
     """
 
     def __init__(self, *args, test_cfg: dict, data_preprocessor: dict, **kwargs):
@@ -43,14 +43,14 @@ class SlidingSegmentor(EncoderDecoder):
             crop, stride = self.test_cfg.crop_size, self.test_cfg.stride
             sizes = are_positive(crop, 2) and are_positive(stride, 2)
             if not sizes or any(s > c for s, c in zip(stride, crop, strict=True)):
-                raise UserError(f'test_cfg.stride must lie between (1, 1) and crop_size {crop!r}, got {stride!r}')
+                raise UserError(f'test_cfg.stride must be between (1, 1) and crop_size {crop!r}, got {stride!r}')
         if self.data_preprocessor.test_cfg:
-            raise UserError('data_preprocessor.test_cfg pads images, which VOLO does by itself; leave it out')
+            raise UserError('data_preprocessor.test_cfg must be removed: it pads images, and VOLO pads them itself')
         self.window_batch = self.test_cfg.get('batch_size')
 
     @torch.no_grad()
     def test_step(self, data: dict) -> list[SegDataSample]:
-        """Predict for images as the data pipeline packs them."""
+        """Predict the labels of images packed by the data pipeline."""
         samples = data['data_samples']
         for image, sample in zip(data['inputs'], samples, strict=True):
             result = self.segment(image, sample.ori_shape, self.test_cfg.get('logits', False))
@@ -66,11 +66,13 @@ class SlidingSegmentor(EncoderDecoder):
 
     @torch.no_grad()
     def segment(self, image: Tensor, size: tuple[int, int], logits: bool = False) -> Tensor:
-        """Labels uint8 ``[H, W]`` of one image, on the CPU, or its logits float32 ``[classes, H, W]``.
+        """Compute labels ``[H, W]``, uint8 for up to 256 classes, or logits, float32 ``[classes, H, W]``, of one image.
+
+        The result is on the CPU.
 
         Args:
             image: uint8 ``[3, h, w]``, in the channel order of ``data_preprocessor``, on any device.
-            size: (H, W) of the result; logits are resized to it as in mmseg, rows at a time.
+            size: (H, W) of the result; logits are resized to it as in mmseg, some rows at a time.
         """
         strips = self._windows(image) if self.test_cfg.mode == 'slide' else iter([self._logits([image])[0]])
         rows = _resized(strips, tuple(image.shape[-2:]), tuple(size), self.align_corners)
@@ -94,12 +96,12 @@ class SlidingSegmentor(EncoderDecoder):
         return self.encode_decode(inputs, [dict(img_shape=inputs.shape[-2:])] * len(inputs))
 
     def _windows(self, image: Tensor) -> Iterator[Tensor]:
-        """Averaged logits ``[classes, n, w]``, from the top, n rows at a time."""
+        """Yield averaged logits ``[classes, n, w]`` from top to bottom, n rows at a time."""
         height, width = image.shape[-2:]
         crop = [min(side, length) for side, length in zip(self.test_cfg.crop_size, (height, width), strict=True)]
         tops, lefts = (_starts(*args) for args in zip((height, width), crop, self.test_cfg.stride, strict=True))
         weight = self._weight(crop)
-        sums = weights = None  # of the rows from ``top`` on that windows have covered so far
+        sums = weights = None  # over the windows so far, for the rows from ``top`` on
         top = tops[0]
         places = [(y, x) for y in tops for x in lefts]
         for (y, x), logits in zip(places, self._batches(image, places, crop), strict=True):
@@ -121,7 +123,7 @@ class SlidingSegmentor(EncoderDecoder):
             yield rows / total
 
     def _batches(self, image: Tensor, places: list[tuple[int, int]], crop: list[int]) -> Iterator[Tensor]:
-        """Logits of each window, computed ``window_batch`` at a time, fewer where the device's memory does not do."""
+        """Yield the logits of each window, computed in batches that are halved when device memory runs out."""
         if self.window_batch is None:
             on_gpu = self.data_preprocessor.device.type == 'cuda'
             self.window_batch = WINDOWS_ON_A_GPU if on_gpu else WINDOWS_ON_A_CPU
@@ -135,7 +137,7 @@ class SlidingSegmentor(EncoderDecoder):
                     raise
                 self.window_batch = len(batch) // 2
                 MMLogger.get_current_instance().warning(
-                    f'out of device memory: {self.window_batch} windows at a time from here on'
+                    f'out of device memory: the batch size is now {self.window_batch} windows'
                 )
                 torch.cuda.empty_cache()
                 continue
@@ -145,7 +147,9 @@ class SlidingSegmentor(EncoderDecoder):
     def _weight(self, crop: list[int]) -> Tensor:
         if self.test_cfg.get('weighting', 'uniform') == 'uniform':
             return torch.ones(crop)
-        rows, columns = (torch.hann_window(side + 2, periodic=False)[1:-1] for side in crop)  # without its zeros
+        rows, columns = (
+            torch.hann_window(side + 2, periodic=False)[1:-1] for side in crop
+        )  # without the zeros at its ends
         return rows[:, None] * columns
 
 
@@ -161,7 +165,7 @@ def last_head(model: EncoderDecoder) -> nn.Module:
 
 @MODELS.register_module()
 class SlidingTTAModel(SegTTAModel):
-    """mmseg's average over scales and flips, which needs the logits of each."""
+    """mmseg's average over scales and flips, which needs logits."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -169,7 +173,7 @@ class SlidingTTAModel(SegTTAModel):
 
 
 def _starts(length: int, crop: int, stride: int) -> list[int]:
-    """First row or column of each window, as in mmseg: the last one ends with the image."""
+    """First row or column of each window; as in mmseg, the last window ends with the image."""
     steps = max(length - crop + stride - 1, 0) // stride
     return [min(step * stride, length - crop) for step in range(steps + 1)]
 
@@ -177,9 +181,9 @@ def _starts(length: int, crop: int, stride: int) -> list[int]:
 def _resized(
     strips: Iterator[Tensor], size: tuple[int, int], out: tuple[int, int], align_corners: bool
 ) -> Iterator[Tensor]:
-    """Strips ``[C, n, w]`` of a map of ``size``, bilinearly resized to strips of a map of ``out``.
+    """Resize a map of ``size``, given as strips ``[C, n, w]``, bilinearly to strips of a map of ``out``.
 
-    The rows between two rows need both of them, and no others.
+    Each row of the result needs two neighbouring rows of the map and no others.
     """
     if size == out:
         for strip in strips:

@@ -1,7 +1,7 @@
 """VOLO as a segmentation backbone.
 
-Paper: https://arxiv.org/abs/2106.13112. Parameter names are those of the authors' state dict, so that their checkpoints
-load without a converter. Shape letters: ``ops/README.md``; here h, w are the rows and columns of whatever tokens flow.
+Paper: https://arxiv.org/abs/2106.13112. The parameters have the names of the authors' state dict, so that their
+checkpoints load without a converter. Shape letters: ``ops/README.md``; here h and w are the rows and columns of tokens.
 """
 
 import re
@@ -23,7 +23,8 @@ from ..ops import outlook_attention
 from ..ops.recompute import norm_linear, norm_linear_pool, norm_mlp
 from .pretrained import PretrainedFormat, load_pretrained, pretrained_checkpoint
 
-# Widths and heads are (stage 1, stages 2 to 4). d1 to d5: authors' repository, sail-sg/volo; tiny is ours.
+# Architecture settings; embed_dims and num_heads are (stage 1, stages 2 to 4). d1 to d5 follow the authors' repository,
+# sail-sg/volo; tiny is ours.
 ARCHITECTURES = {
     'tiny': dict(layers=(2, 2, 2, 1), embed_dims=(64, 128), num_heads=(2, 4), mlp_ratio=3, stem_channels=24),
     'd1': dict(layers=(4, 4, 8, 2), embed_dims=(192, 384), num_heads=(6, 12), mlp_ratio=3, stem_channels=64),
@@ -33,8 +34,8 @@ ARCHITECTURES = {
     'd5': dict(layers=(12, 12, 20, 4), embed_dims=(384, 768), num_heads=(12, 16), mlp_ratio=4, stem_channels=128),
 }
 STRIDES = (8, 16, 16, 16)
-DOWNSAMPLE = 1  # place in ``network``; the four stages stand at 0, 2, 3, 4
-MAX_CACHED_GRIDS = 8  # multi-scale testing uses 5 or 6 scales; whole-image testing on ADE20K never repeats a size
+DOWNSAMPLE = 1  # index in ``network``; the four stages have the indices 0, 2, 3 and 4
+MAX_CACHED_GRIDS = 8  # multi-scale testing uses 5 or 6 scales; on ADE20K, sizes of whole images rarely repeat
 
 
 class OutlookAttention(nn.Module):
@@ -47,11 +48,11 @@ class OutlookAttention(nn.Module):
         self.v = nn.Linear(dim, dim, bias=False)
         self.attn = nn.Linear(dim, num_heads * kernel_size**4)
         self.proj = nn.Linear(dim, dim)
-        # The last row and column average what there is: a window per stride, rounded up.
+        # Windows at the border average fewer tokens: one window per stride, rounded up.
         self.pool = nn.AvgPool2d(stride, stride, ceil_mode=True)
 
     def forward(self, x: Tensor, norm: nn.Module, recompute: bool = False) -> Tensor:
-        """``[B, H, W, C]``, which ``norm`` has yet to normalise, to the same."""
+        """Normalise tokens ``[B, H, W, C]`` with ``norm``, mix them and return the same shape."""
         K = self.kernel_size**2
         if recompute:
             value, centres = norm_linear_pool(x, norm, self.v, self.pool)
@@ -74,20 +75,20 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, norm: nn.Module, recompute: bool = False) -> Tensor:
-        """``[B, h, w, C]``, which ``norm`` has yet to normalise, to the same."""
+        """Normalise tokens ``[B, h, w, C]`` with ``norm``, mix them and return the same shape."""
         B, h, w, C = x.shape
         qkv = norm_linear(x, norm, self.qkv) if recompute else self.qkv(norm(x))
         qkv = qkv.view(B, h * w, 3, self.num_heads, C // self.num_heads)
         qkv = qkv.permute(2, 0, 3, 1, 4)
         if qkv.device.type == 'cpu':
-            qkv = qkv.contiguous()  # the flash kernel reads each key many times: 5 to 9 % of its time
+            qkv = qkv.contiguous()  # the flash kernel reads each key many times; saves 5 to 9 % of its time
         q, k, v = qkv.unbind(0)  # B, N, h * w, d
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
         return self.proj(x.transpose(1, 2).reshape(B, h, w, C))
 
 
 class _Block(nn.Module):
-    """Pre-norm residual block: tokens mixed by ``attn``, channels by an MLP."""
+    """Pre-norm residual block: ``attn`` mixes tokens, and an MLP mixes channels."""
 
     def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop_path: float = 0.0):
         super().__init__()
@@ -99,8 +100,8 @@ class _Block(nn.Module):
         self.recompute = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, h, w, C]`` to the same."""
-        recompute = self.recompute and not torch.compiler.is_compiling()  # Inductor decides by itself what to keep
+        """Map tokens ``[B, h, w, C]`` to the same shape."""
+        recompute = self.recompute and not torch.compiler.is_compiling()  # Inductor decides what to store
         x = _add(x, self.drop_path(self.attn(x, self.norm1, recompute)))
         if recompute:
             return _add(x, self.drop_path(norm_mlp(x, self.norm2, self.mlp)))
@@ -108,7 +109,7 @@ class _Block(nn.Module):
 
 
 class Outlooker(_Block):
-    """Block of stage 1. No stochastic depth here, in the authors' code as in timm's, though the ramp counts it."""
+    """Block of stage 1, without stochastic depth, although the ramp counts it: as in the authors' code and in timm."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
         super().__init__(dim, OutlookAttention(dim, num_heads), mlp_ratio)
@@ -122,7 +123,7 @@ class Transformer(_Block):
 
 
 class PatchEmbed(nn.Module):
-    """Stem: three convolutions at stride 2, then 4x4 patches, stride 8 in all."""
+    """Stem: three convolutions, the first with stride 2, then 4x4 patches; the total stride is 8."""
 
     def __init__(self, in_channels: int, hidden: int, dim: int):
         super().__init__()
@@ -134,12 +135,12 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(hidden, dim, kernel_size=4, stride=4)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, in_channels, H, W]`` to ``[B, H / 8, W / 8, C]``."""
-        # channels_last: the blocks then see contiguous [B, h, w, C], and no LayerNorm has to copy.
+        """Map images ``[B, in_channels, H, W]`` to tokens ``[B, H / 8, W / 8, C]``."""
+        # With channels_last the blocks get contiguous [B, h, w, C], which LayerNorm need not copy.
         x = x.contiguous(memory_format=torch.channels_last)
         if torch.is_grad_enabled() or any(norm.training for norm in self.conv[1::3]):
             x = self.conv(x)
-        else:  # inference: BatchNorm is a part of the convolution before it
+        else:  # inference: fold each BatchNorm into the convolution before it
             for conv, norm in zip(self.conv[::3], self.conv[1::3], strict=True):
                 weight, bias = fuse_conv_bn_weights(
                     conv.weight, None, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
@@ -149,14 +150,14 @@ class PatchEmbed(nn.Module):
 
 
 class Downsample(nn.Module):
-    """2x2 patches between stage 1 and stage 2."""
+    """Convolution of 2x2 patches between stages 1 and 2."""
 
     def __init__(self, in_dim: int, out_dim: int):
         super().__init__()
         self.proj = nn.Conv2d(in_dim, out_dim, kernel_size=2, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, h, w, in_dim]`` to ``[B, h / 2, w / 2, out_dim]``."""
+        """Map tokens ``[B, h, w, in_dim]`` to ``[B, h / 2, w / 2, out_dim]``."""
         return self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
@@ -164,29 +165,31 @@ class Downsample(nn.Module):
 class VOLO(BaseModule):
     """Vision Outlooker backbone: one map per stage, for images of any size.
 
-    Paper: https://arxiv.org/abs/2106.13112. ``out_channels`` and ``out_strides`` describe the maps that come out.
+    Paper: https://arxiv.org/abs/2106.13112. ``out_channels`` and ``out_strides`` describe the returned maps.
 
     Args:
-        arch: a key of ``ARCHITECTURES``, or a dict with the same keys as one of its rows.
-        img_size: image side, or (height, width), that the position embedding is stored for; other sizes are
-            interpolated bicubically at run time, which costs little. Best set to the training crop.
+        arch: a key of ``ARCHITECTURES``, or a dict with the same keys as its values.
+        img_size: side or (height, width) of the images for which the position embedding is stored, best the training
+            crop. For other sizes it is interpolated bicubically at run time, which costs little.
         in_channels: image channels; weights for RGB are adapted when they are loaded.
         out_indices: stages (0 to 3) whose output is returned; later stages are not built.
         drop_path_rate: stochastic depth of the last block; earlier blocks get a linear share, stage 1 none.
         drop_rate: dropout after the position embedding is added.
-        attn_drop_rate: dropout on the weights of the global attention. Outlook attention has none: softmax and
-            weighting are one operator there.
-        frozen_stages: -1 nothing, 0 the stem, n also stages 1 to n. Frozen parts are in eval mode. The output norms,
-            which no ImageNet checkpoint has, always train.
-        norm_eval: keep the BatchNorms of the stem in eval mode while training.
-        with_cp: compute the stem and each block again in the backward pass instead of storing their activations.
-        recompute_activations: compute the outputs of LayerNorm and GELU again in the backward pass instead of storing
-            them; costs no time that we could measure, see ``docs/performance.md``.
-        residual_in_fp32: under autocast, add up in float32 from stage 2 on, as timm does; False: in autocast's dtype.
-        init_cfg: ``dict(type='Pretrained', checkpoint=...)``, see ``docs/weights.md``, or mmengine's initialisers.
+        attn_drop_rate: dropout of the global attention's weights. Outlook attention has no dropout, because one
+            operator computes its softmax and weighting.
+        frozen_stages: -1 freezes nothing, 0 the stem, n also stages 1 to n. Frozen parts are in eval mode. The output
+            norms are always trained, because no ImageNet checkpoint has them.
+        norm_eval: keep the stem's BatchNorms in eval mode during training.
+        with_cp: recompute the stem and each block in the backward pass instead of storing their activations.
+        recompute_activations: recompute the outputs of LayerNorm and GELU in the backward pass instead of storing
+            them, at no measurable cost in time; see ``docs/performance.md``. Modules with hooks or parametrizations
+            and replaced modules (adapters) are called as usual.
+        residual_in_fp32: under autocast, add residuals in float32 from stage 2 on, as timm does, instead of in
+            autocast's dtype.
+        init_cfg: ``dict(type='Pretrained', checkpoint=...)``, see ``docs/weights.md``, or another of mmengine's.
 
     Raises:
-        UserError: an argument is not one of its choices; the message lists them.
+        UserError: an argument has an invalid value; the message names the valid ones.
     """
 
     def __init__(
@@ -207,9 +210,9 @@ class VOLO(BaseModule):
     ):
         super().__init__(init_cfg)
         self.arch = arch if isinstance(arch, str) else 'custom'
-        row = architecture(arch)
-        layers, heads, mlp_ratio = row['layers'], row['num_heads'], row['mlp_ratio']
-        widths = (row['embed_dims'][0], *(row['embed_dims'][1],) * 3)
+        settings = architecture_settings(arch)
+        layers, heads, mlp_ratio = settings['layers'], settings['num_heads'], settings['mlp_ratio']
+        widths = (settings['embed_dims'][0], *(settings['embed_dims'][1],) * 3)
 
         if not are_positive((img_size, img_size) if isinstance(img_size, int) else img_size, 2):
             raise UserError(f'img_size must be a side or (height, width) in pixels, got {img_size!r}')
@@ -226,14 +229,14 @@ class VOLO(BaseModule):
         ):
             raise UserError(f'out_indices must be ascending numbers from 0 to 3, got {out_indices!r}')
         if frozen_stages not in range(-1, 5):
-            raise UserError(f'frozen_stages must lie between -1 and 4, got {frozen_stages}')
+            raise UserError(f'frozen_stages must be between -1 and 4, got {frozen_stages}')
         self.out_indices = tuple(out_indices)
         self.out_channels = [widths[i] for i in out_indices]
         self.out_strides = [STRIDES[i] for i in out_indices]
         self.frozen_stages, self.norm_eval, self.with_cp = frozen_stages, norm_eval, with_cp
         self.residual_in_fp32 = residual_in_fp32
 
-        self.patch_embed = PatchEmbed(in_channels, row['stem_channels'], widths[0])
+        self.patch_embed = PatchEmbed(in_channels, settings['stem_channels'], widths[0])
         self.network = nn.ModuleList(
             [nn.Sequential(*[Outlooker(widths[0], heads[0], mlp_ratio) for _ in range(layers[0])])]
         )
@@ -253,7 +256,7 @@ class VOLO(BaseModule):
         for block in self.network.modules():
             if isinstance(block, _Block):
                 block.recompute = recompute_activations
-        for i in out_indices:  # pre-norm blocks leave the residual stream unnormalised
+        for i in out_indices:  # pre-norm blocks do not normalise the residual stream
             self.add_module(f'norm{i}', nn.LayerNorm(widths[i]))
 
         self._resized_pos_embed: dict[tuple, Tensor] = {}
@@ -263,10 +266,10 @@ class VOLO(BaseModule):
         self._freeze()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Image ``[B, in_channels, H, W]`` to maps ``[B, C, ceil(H / stride), ceil(W / stride)]``, finest first."""
+        """Map images ``[B, in_channels, H, W]`` to maps ``[B, C, ceil(H / s), ceil(W / s)]``, one per stride s."""
         H, W = x.shape[-2:]
         if torch.compiler.is_compiling() or H % 16 or W % 16:  # no branch on a symbolic size
-            # Outlook pooling rounds up, convolutions round down: only multiples of 16 suit both.
+            # Outlook pooling rounds up and convolutions round down, so that only multiples of 16 suit both.
             x = F.pad(x, (0, _ceil_div(W, 16) * 16 - W, 0, _ceil_div(H, 16) * 16 - H))
         x = self._maybe_checkpointed(self.patch_embed, x)
         outputs = []
@@ -293,7 +296,7 @@ class VOLO(BaseModule):
         return checkpoint(module, x, use_reentrant=False, context_fn=lambda: contexts)
 
     def _pos_embed_for(self, h: int, w: int) -> Tensor:
-        """Position embedding for h x w tokens, resized at most once per grid while the weights stand still."""
+        """Position embedding for h x w tokens, resized once per grid unless it is trained."""
         if self.pos_embed.shape[1:3] == (h, w):
             return self.pos_embed
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and self.pos_embed.requires_grad):
@@ -306,7 +309,7 @@ class VOLO(BaseModule):
         return self._resized_pos_embed[key]
 
     def init_weights(self) -> None:
-        """Load ``init_cfg``'s checkpoint, tensors only and strictly, or run mmengine's initialisers."""
+        """Load the checkpoint of ``init_cfg`` safely and strictly, or run mmengine's initialisers."""
         source = pretrained_checkpoint(self.init_cfg)
         if source is None:
             super().init_weights()
@@ -315,9 +318,9 @@ class VOLO(BaseModule):
             self._is_init = True
 
     def train(self, mode: bool = True) -> 'VOLO':
-        """Set the mode; what is frozen stays in eval mode."""
+        """Set the mode; frozen modules stay in eval mode."""
         super().train(mode)
-        # mmengine's EMA swaps weights through ``.data``, which no version counter sees, and then calls eval().
+        # mmengine's EMA swaps weights through ``.data``, unseen by version counters, and then calls eval().
         self._resized_pos_embed.clear()
         if mode:
             for module in self._frozen_modules():
@@ -380,8 +383,8 @@ PRETRAINED = PretrainedFormat(
 )
 
 
-def architecture(arch: str | Mapping) -> Mapping:
-    """Row of numbers for ``arch``; raises ``UserError`` naming the choices."""
+def architecture_settings(arch: str | Mapping) -> Mapping:
+    """Return the settings of ``arch``; raises ``UserError`` if they are unknown or inconsistent."""
     if isinstance(arch, str):
         if arch not in ARCHITECTURES:
             raise UserError(f'arch must be one of {sorted(ARCHITECTURES)} or a dict, got {arch!r}')
@@ -406,7 +409,7 @@ def are_positive(values: object, count: int) -> bool:
 
 
 class _RunningStatisticsKept(AbstractContextManager):
-    """The second forward pass of a checkpoint must not count the same batch again."""
+    """Context that keeps running statistics unchanged while a checkpointed module runs a second time."""
 
     def __init__(self, module: nn.Module):
         self.norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
@@ -423,7 +426,7 @@ class _RunningStatisticsKept(AbstractContextManager):
 
 
 def _add(x: Tensor, branch: Tensor) -> Tensor:
-    """``x + branch``; in inference in the branch's memory, which nothing else uses."""
+    """``x + branch``; in inference, written to the branch's memory, which nothing else uses."""
     return x + branch if torch.is_grad_enabled() or branch.dtype != x.dtype else branch.add_(x)
 
 

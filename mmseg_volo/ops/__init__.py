@@ -23,12 +23,12 @@ def outlook_attention(logits: Tensor, value: Tensor, *, kernel_size: int, stride
         ``[B, H, W, C]``, in ``value``'s dtype. Overlapping windows are summed, not averaged.
 
     Raises:
-        ValueError: the shapes, dtypes, devices or the window do not belong together.
+        ValueError: shapes, dtypes, devices or the window do not match.
     """
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f'kernel_size must be odd and positive, got {kernel_size}')
     if not 1 <= stride <= kernel_size:
-        raise ValueError(f'stride must lie between 1 and kernel_size={kernel_size}, got {stride}')
+        raise ValueError(f'stride must be between 1 and kernel_size={kernel_size}, got {stride}')
     if value.dim() != 4 or logits.dim() != 6:
         raise ValueError(
             f'value must be [B, H, W, C] and logits [B, h, w, N, K, K], '

@@ -19,18 +19,18 @@ COMPILERS = ('c++', 'g++', 'clang++')
 
 
 def why_not(logits: Tensor, value: Tensor, kernel_size: int, stride: int) -> str | None:
-    """Reason why this implementation cannot serve these tensors, or None."""
+    """Reason why this implementation cannot process these tensors, or None."""
     if value.device.type != 'cpu':
         return f'the tensors are on {value.device}'
     if (kernel_size, stride) != (3, 2):
-        return f'it knows window 3 with stride 2 only, not {kernel_size} with {stride}'
+        return f'it supports only window 3 with stride 2, not {kernel_size} with {stride}'
     if value.dtype not in SUFFIXES:
-        return f'it knows float32 and bfloat16 only, not {value.dtype}'
+        return f'it supports only float32 and bfloat16, not {value.dtype}'
     return why_not_built(value.shape[-1] // logits.shape[3])
 
 
 def why_not_built(head_width: int) -> str | None:
-    """Reason why the library for this head width is not there, or None; builds it first where it can."""
+    """Reason why the library for this head width cannot be built or loaded, or None; builds it if necessary."""
     library = _library(head_width)
     return library if isinstance(library, str) else None
 
@@ -68,12 +68,12 @@ def _call(name: str, logits: Tensor, value: Tensor, tensors: tuple[Tensor, ...],
 
 @lru_cache
 def _library(head_width: int) -> ctypes.CDLL | str:
-    """The library for this head width, or the reason why there is none."""
+    """The library for this head width, or the reason why it is missing."""
     compiler = os.environ.get('CXX') or next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         return f'there is no C++ compiler ({", ".join(COMPILERS)}, or $CXX)'
     command = [*compiler.split(), '-O3', '-std=c++17', '-shared', '-fPIC', '-fopenmp', f'-DHEAD_WIDTH={head_width}']
-    # Not -march=native: the cache may lie in a home directory that different machines share.
+    # Not -march=native, because different machines may share the home directory with the cache.
     command += {'AVX2': ['-march=x86-64-v3'], 'AVX512': ['-march=x86-64-v4']}.get(
         torch.backends.cpu.get_cpu_capability(), []
     )
@@ -86,7 +86,7 @@ def _library(head_width: int) -> ctypes.CDLL | str:
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 built = Path(scratch, path.name)
                 subprocess.run([*command, str(SOURCE), '-o', str(built)], check=True, capture_output=True, text=True)
-                built.replace(path)  # whole or not at all, whoever else builds it now
+                built.replace(path)  # atomic, because other processes may build it now
         return ctypes.CDLL(str(path))
     except subprocess.CalledProcessError as error:
         return f'{compiler} failed: {(error.stderr.strip() or str(error)).splitlines()[-1]}'

@@ -1,4 +1,4 @@
-"""Which implementation runs: the only file that knows there are several.
+"""Choice of the implementation; the only file that knows all implementations.
 
 Each is a module with ``why_not``, ``forward`` and ``backward``.
 """
@@ -22,7 +22,7 @@ def choose(logits: Tensor, value: Tensor, kernel_size: int, stride: int) -> Modu
     """First implementation that fits, or the one that ``MMSEG_VOLO_OUTLOOK`` names.
 
     Raises:
-        RuntimeError: the variable names none, or one that cannot serve these tensors.
+        RuntimeError: the variable names an unknown implementation, or one that cannot process these tensors.
     """
     forced = os.environ.get(FORCE)
     if forced:
@@ -36,9 +36,9 @@ def choose(logits: Tensor, value: Tensor, kernel_size: int, stride: int) -> Modu
 
 
 def why_not(name: str, logits: Tensor, value: Tensor, kernel_size: int, stride: int) -> str | None:
-    """Reason why this implementation cannot serve these tensors, or None."""
+    """Reason why this implementation cannot process these tensors, or None."""
     if name == 'triton':
-        # Asked before the import, which is slow and for nothing on a CPU.
+        # Checked before the import, which is slow and useless on a CPU.
         if value.device.type == 'cpu' and not os.environ.get('TRITON_INTERPRET'):
             return 'the tensors are on cpu'
         if find_spec('triton') is None:
@@ -47,7 +47,7 @@ def why_not(name: str, logits: Tensor, value: Tensor, kernel_size: int, stride: 
 
 
 def explain() -> str:
-    """Table of the implementations on this machine: per device and dtype, which one runs and why the others do not."""
+    """Table that shows for each device and dtype which implementation runs, and why the others do not."""
     from prettytable import PrettyTable
 
     devices = ['cpu', *(['cuda'] if torch.cuda.is_available() else [])]
@@ -73,7 +73,7 @@ def _module(name: str) -> ModuleType:
 
 @torch.library.custom_op('mmseg_volo::outlook_attention', mutates_args=())
 def outlook_attention_op(logits: Tensor, value: Tensor, kernel_size: int, stride: int, scale: float) -> Tensor:
-    """The operator as torch.compile, torch.export and autograd see it: opaque, chosen when it runs."""
+    """Opaque operator for torch.compile, torch.export and autograd, which chooses an implementation when it runs."""
     if value.numel() == 0:
         return torch.empty_like(value, memory_format=torch.contiguous_format)
     with torch.autocast(value.device.type, enabled=False):
@@ -109,7 +109,7 @@ def _(grad, logits, value, kernel_size, stride, scale):
 
 @register_flop_formula(torch.ops.mmseg_volo.outlook_attention)
 def _flops(logits_shape, value_shape, *args, out_shape=None, **kwargs) -> int:
-    """Multiply-adds of the weighting, twice, as torch counts a matrix product."""
+    """Two operations per multiply-add of the weighting, as torch counts matrix products."""
     return 2 * math.prod(logits_shape) * value_shape[-1] // logits_shape[3]
 
 

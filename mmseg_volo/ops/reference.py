@@ -1,4 +1,4 @@
-"""Outlook attention written as the paper has it: the definition that every faster form is tested against."""
+"""Outlook attention as the paper defines it; every faster implementation is tested against it."""
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +17,12 @@ def outlook_attention_reference(
 
 
 def why_not(logits: Tensor, value: Tensor, kernel_size: int, stride: int) -> str | None:
-    """Nothing: any device, dtype, window and stride."""
+    """Return None: every device, dtype, window and stride is supported."""
     return None
 
 
 def forward(logits: Tensor, value: Tensor, kernel_size: int, stride: int, scale: float) -> Tensor:
-    """The same, in the form that ``dispatch.py`` calls."""
+    """See :func:`mmseg_volo.ops.outlook_attention`."""
     out = outlook_attention_reference(logits, value, kernel_size=kernel_size, stride=stride, scale=scale)
     return out.contiguous()
 
@@ -30,7 +30,7 @@ def forward(logits: Tensor, value: Tensor, kernel_size: int, stride: int, scale:
 def backward(
     grad: Tensor, logits: Tensor, value: Tensor, kernel_size: int, stride: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of logits and value; what autograd makes of the above."""
+    """Gradients of logits and value, as autograd computes them."""
     weights = _weights(logits, value, scale)
     dmixed = _windows(grad, logits, kernel_size, stride)
     dvalue = _fold(weights.mT @ dmixed, value, kernel_size, stride)

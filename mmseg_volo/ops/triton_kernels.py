@@ -173,18 +173,20 @@ INTERPRETED = not isinstance(gather_kernel, triton.runtime.JITFunction)
 
 
 def why_not(logits: Tensor, value: Tensor, kernel_size: int, stride: int) -> str | None:
-    """Reason why this implementation cannot serve these tensors, or None."""
+    """Reason why this implementation cannot process these tensors, or None."""
     if value.device.type != 'cuda' and not (INTERPRETED and value.device.type == 'cpu'):
         return f'the tensors are on {value.device}'
     if tuple(map(int, triton.__version__.split('.')[:2])) < (3, 3):
         return f'triton {triton.__version__} is older than 3.3'
     if (kernel_size, stride) != (3, 2):
-        return f'it knows window 3 with stride 2 only, not {kernel_size} with {stride}'
+        return f'it supports only window 3 with stride 2, not {kernel_size} with {stride}'
     if value.dtype not in DTYPES or logits.dtype != value.dtype:
-        return f'it knows float32, float16 and bfloat16 only, one for both, not {logits.dtype} with {value.dtype}'
+        return (
+            f'it supports only float32, float16 and bfloat16, the same for both, not {logits.dtype} with {value.dtype}'
+        )
     head_width = value.shape[-1] // logits.shape[3]
     if head_width not in HEAD_WIDTHS:
-        return f'it knows head widths {", ".join(map(str, HEAD_WIDTHS))} only, not {head_width}'
+        return f'it supports only head widths {", ".join(map(str, HEAD_WIDTHS))}, not {head_width}'
     if value.device.type == 'cuda' and torch.cuda.get_device_capability(value.device) < (8, 0):
         return f'{torch.cuda.get_device_name(value.device)} is older than compute capability 8.0'
     return None

@@ -139,6 +139,10 @@ class Report:
         self.table.add_row([what, measured, limit, 'yes' if ok else 'NO'])
         self.fine &= ok
 
+    def not_run(self, what: str, reason: str) -> None:
+        """Show a check that cannot run here, for a reason that does not make the script fail."""
+        self.table.add_row([what, reason, '', 'NOT RUN'])
+
     def finish(self) -> None:
         print(self.table)
         sys.exit(0 if self.fine else 1)

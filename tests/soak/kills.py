@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""Kill one short training again and again, in the midst of writing too: it must end as if nobody had."""
+"""Kill a short training repeatedly, also while it writes: resumed, it must end like one that was never killed."""
 
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -47,19 +48,20 @@ def main() -> None:
         kills(count, draw, report, place, settings, seconds)
         asked_to_stop(draw, report, place, settings, seconds)
         damaged(report, place, settings)
+        no_space(report, place, settings)
         full_disk(report, place, settings)
     report.finish()
 
 
 def kills(count, draw, report, place, settings, seconds) -> None:
-    """``seconds``: from the start of a training to its first checkpoint."""
+    """Kill ``count`` times; a training takes ``seconds`` to its first checkpoint."""
     work_dir = place / 'killed'
     survived = in_writing = runs = 0
     found = []
     with tqdm(total=count, desc='kills') as progress:
         while survived < count:
             pid = start_training(work_dir, seed=0, **settings)
-            if survived % 2:  # at any moment of the start, of iterations and validations
+            if survived % 2:  # at any moment: during start-up, iterations or validations
                 time.sleep(draw.uniform(0, 1.5 * seconds))
             else:
                 wait_for_writing(work_dir, pid, files=draw.randint(1, 3))
@@ -67,19 +69,21 @@ def kills(count, draw, report, place, settings, seconds) -> None:
             if kill(pid) is None:
                 survived, in_writing = survived + 1, in_writing + writing
                 progress.update()
-            else:  # it had come to its end: the next kills are for another run
+            else:  # it had finished: continue with another run
                 found += differences(work_dir, place / 'whole')
                 shutil.rmtree(work_dir)
                 runs += 1
     assert wait(start_training(work_dir, seed=0, **settings)) == 0, Path(f'{work_dir}.log').read_text()
     found += differences(work_dir, place / 'whole')
-    measured = f'{survived}, {in_writing} of them while a checkpoint was being written'
-    report.row('SIGKILL at a random moment, times survived', measured, count, survived == count)
-    report.row(f'bit differences of {runs + 1} runs to one never killed', '; '.join(found) or 0, 0, not found)
+    measured = f'{survived}, {in_writing} of which while a checkpoint was being written'
+    report.row('survived SIGKILLs at random moments', measured, count, survived == count)
+    report.row(
+        f'bit differences of {runs + 1} runs from one that was never killed', '; '.join(found) or 0, 0, not found
+    )
 
 
 def wait_for_writing(work_dir: Path, pid: int, files: int = 1) -> None:
-    """Return in the midst of the ``files``-th file from now, or when the training ends."""
+    """Return while the ``files``-th file from now is being written, or when the training ends."""
 
     def writing() -> bool:
         time.sleep(0.0002)
@@ -127,27 +131,46 @@ def damaged(report, place, settings) -> None:
     report.row('bit differences after --resume', '; '.join(found) or 0, 0, not found)
 
 
+def no_space(report, place, settings) -> None:
+    """Limit the size of a file, which needs no rights: writing a checkpoint fails as on a full disk."""
+    work_dir = place / 'limited'
+    pid = start_training(work_dir, seed=0, **settings)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (2**20, 2**20))
+    report_failure(report, 'files limited to 1 MiB', wait(pid, 120), work_dir)
+    left = [path.name for path in work_dir.glob('*.pth')] + [path.name for path in work_dir.glob(f'{PARTIAL}*')]
+    report.row('checkpoints and partial files left by it', left or 0, 0, not left)
+    report_resumed(report, 'the limit was lifted', work_dir, place, settings)
+
+
 def full_disk(report, place, settings) -> None:
-    """A file system of its own that is too small for the run; needs the right to mount one."""
+    """Mount a file system that is too small for the run, if this user may."""
     disk = place / 'disk'
     disk.mkdir()
     mount = ['mount', '-t', 'tmpfs', '-o', 'size=45m', 'tmpfs', str(disk)]
     if subprocess.run(mount, capture_output=True).returncode:
-        report.row('full disk', 'not run: no right to mount a small one', '', True)
+        report.not_run('full disk', 'needs the right to mount a tmpfs; limited files are checked above')
         return
     try:
         work_dir = disk / 'full'
-        status = wait(start_training(work_dir, seed=0, **settings), 120)
-        log = Path(f'{work_dir}.log').read_text()
-        sentence = [line for line in log.splitlines() if line.startswith('error: ')]
-        clean = status == 2 and len(sentence) == 1 and 'go on with --resume' in sentence[0] and 'Traceback' not in log
-        report.row('full disk: one sentence, status', sentence[-1:] or log[-300:], 2, clean)
+        report_failure(report, 'full disk', wait(start_training(work_dir, seed=0, **settings), 120), work_dir)
         subprocess.run(['mount', '-o', 'remount,size=400m', str(disk)], check=True)
-        assert wait(start_training(work_dir, **settings)) == 0, Path(f'{work_dir}.log').read_text()
-        found = differences(work_dir, place / 'whole')
-        report.row('bit differences after room was made', '; '.join(found) or 0, 0, not found)
+        report_resumed(report, 'space was freed', work_dir, place, settings)
     finally:
-        subprocess.run(['umount', '--lazy', str(disk)], check=True)  # data-loader workers may take a while to go
+        subprocess.run(['umount', '--lazy', str(disk)], check=True)  # data-loader workers may end later
+
+
+def report_failure(report, what: str, status: int | None, work_dir: Path) -> None:
+    log = Path(f'{work_dir}.log').read_text()
+    sentence = [line for line in log.splitlines() if line.startswith('error: ')]
+    clean = status == 2 and len(sentence) == 1 and 'continue with --resume' in sentence[0] and 'Traceback' not in log
+    report.row(f'{what}: one sentence, status', f'{sentence[-1:] or log[-300:]}, {status}', 2, clean)
+
+
+def report_resumed(report, when: str, work_dir: Path, place: Path, settings: dict) -> None:
+    settings = {'seed': 0, **settings}
+    assert wait(start_training(work_dir, **settings)) == 0, Path(f'{work_dir}.log').read_text()
+    found = differences(work_dir, place / 'whole')
+    report.row(f'bit differences after {when}', '; '.join(found) or 0, 0, not found)
 
 
 if __name__ == '__main__':
