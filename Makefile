@@ -37,5 +37,8 @@ format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: .venv/installed
+	$(BIN)/sphinx-build --fail-on-warning --keep-going -b html docs docs/_build/html
+
 clean:
 	rm -rf .venv build dist docs/_build *.egg-info .pytest_cache .ruff_cache .mypy_cache

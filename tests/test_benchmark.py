@@ -77,8 +77,8 @@ def test_live_memory_counts_what_the_backward_pass_needs():
 
 def test_a_whole_segmentor_is_measured(tmp_path):
     row = segmentor_speed(str(ROOT / 'configs/volo_tiny_toy_streets.py'), 'cpu', rounds=1)
-    assert row['config'] == 'volo_tiny_toy_streets' and row['batch'] == 8
-    assert row['images/s'] == pytest.approx(8 / row['step, s'], rel=0.01) and row['hours on 8'] > 0
+    assert row['config'] == 'volo_tiny_toy_streets' and row['batch'] == 4
+    assert row['images/s'] == pytest.approx(4 / row['step, s'], rel=0.01) and row['hours on 8'] > 0
 
 
 @pytest.mark.parametrize('room', [1, 2, 5, 8, 23])
@@ -91,7 +91,7 @@ def test_largest_batch_is_found_by_trying(room):
 
 
 def test_profile_names_every_part_of_a_step(capsys):
-    rows = profile_step(str(ROOT / 'configs/volo_tiny_toy_streets.py'), 'cpu', 2, 2, dict(crop_size=(32, 64)))
+    rows = profile_step('volo_tiny_camvid', 'cpu', 2, 2, dict(crop_size=(32, 64)))
     assert [row['part'] for row in rows] == [
         'backbone', 'neck', 'decode head', "decode head's loss at full size", 'auxiliary head',
         "auxiliary head's loss at full size", 'optimizer step (AdamW)',
@@ -102,8 +102,7 @@ def test_profile_names_every_part_of_a_step(capsys):
 
 
 def test_a_segmentor_without_auxiliary_head_is_profiled_too():
-    small = dict(crop_size=(32, 64), model=dict(auxiliary_head=None))
-    rows = profile_step(str(ROOT / 'configs/volo_tiny_toy_streets.py'), 'cpu', 2, 2, small)
+    rows = profile_step('volo_tiny_toy_streets', 'cpu', 2, 2, dict(crop_size=(32, 64)))
     assert len(rows) == 5
 
 

@@ -261,7 +261,7 @@ def test_cityscapes_server_gets_label_ids_and_needs_no_labels(place, unlabelled)
         assert np.array_equal(back, expected[name])
 
 
-ADE20K = {'model.decode_head.num_classes': 150, 'model.auxiliary_head.num_classes': 150}
+ADE20K = {'model.decode_head.num_classes': 150}
 
 
 def test_ade20k_server_gets_classes_from_1(place, unlabelled):
@@ -283,7 +283,7 @@ def test_a_servers_label_maps_can_be_averaged_over_views(place, unlabelled):
 
 
 def test_format_with_what_does_not_go_with_it(place, unlabelled, monkeypatch):
-    with pytest.raises(UserError, match='measures nothing.*--compare'):
+    with pytest.raises(UserError, match='neither measures nor reads labels.*--compare'):
         run(place, 'no', server_format='cityscapes', compare='metrics.json')
     with pytest.raises(UserError, match='for its 150 classes, but this test set has 19 others'):
         run(place, 'no', data='unlabelled', server_format='ade20k')

@@ -2,14 +2,14 @@
 from mmseg_volo import BeginSample, StreamSampler
 
 data_root = 'data/toy_streets'
-crop_size = (128, 192)
+crop_size = (96, 192)
 num_classes = 19
 
 train_pipeline = [
     dict(type=BeginSample),
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
-    dict(type='RandomResize', scale=(256, 128), ratio_range=(0.75, 1.25), keep_ratio=True),
+    dict(type='RandomResize', scale=(256, 128), ratio_range=(0.9, 1.1), keep_ratio=True),
     dict(type='RandomCrop', crop_size=crop_size, cat_max_ratio=0.75),
     dict(type='RandomFlip', prob=0.5),
     dict(type='PhotoMetricDistortion'),
@@ -35,8 +35,8 @@ tta_pipeline = [
 ]
 
 train_dataloader = dict(
-    batch_size=8,
-    num_workers=2,
+    batch_size=4,
+    num_workers=1,
     persistent_workers=True,
     sampler=dict(type=StreamSampler),
     dataset=dict(

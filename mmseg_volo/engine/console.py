@@ -137,5 +137,8 @@ class _TerminalHandler(logging.StreamHandler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = f'{record.levelname.lower()}: ' if record.levelno >= logging.WARNING else ''
-        tqdm.write(prefix + record.getMessage(), file=self.stream)
-        self.flush()
+        try:
+            tqdm.write(prefix + record.getMessage(), file=self.stream)
+            self.flush()
+        except Exception:  # as every handler: a line that cannot be shown must not end a training
+            self.handleError(record)

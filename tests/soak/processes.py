@@ -1,6 +1,6 @@
 """Compare two processes with one on a CPU, and kill some; --short leaves out FSDP2, Slurm and mistakes.
 
-All runs use float64, five validation images (an odd number), augmentation, an auxiliary head and gradient clipping.
+All runs use float64, five validation images (an odd number), augmentation and gradient clipping.
 """
 
 import json
@@ -27,7 +27,6 @@ OPTIONS = [
     *(f'{split}_dataloader.num_workers=0' for split in SPLITS),
     *(f'{split}_dataloader.persistent_workers=False' for split in SPLITS),
     'model.decode_head.dropout_ratio=0',
-    'model.auxiliary_head.dropout_ratio=0',
     'default_hooks.logger.interval=1',
     'default_hooks.checkpoint.max_keep_ckpts=-1',
     'data_root=toy',
