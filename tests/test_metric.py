@@ -218,7 +218,7 @@ def made_up(folder: Path, count: int, seed: int = 0) -> list[Pair]:
 def test_intervals_are_those_of_the_plain_bootstrap(tmp_path):
     pairs = made_up(tmp_path, 80)
     _, metric = measure(tmp_path, pairs)
-    draws = metric.totals.draws()
+    draws = metric.totals.bootstrap_scores()
     per_image = [np.mean(pair.truth == pair.prediction) * 100 for pair in pairs]
     rng = np.random.default_rng(1)
     plain = np.percentile([np.mean(rng.choice(per_image, len(pairs))) for _ in range(4000)], [2.5, 97.5])

@@ -18,6 +18,7 @@ from mmengine.registry import init_default_scope
 from mmseg.apis import inference_model, init_model
 from mmseg.registry import MODELS
 from PIL import Image
+from test_extras import hide
 
 from mmseg_volo import CamVidDataset, apis
 from mmseg_volo.datasets.toy_streets import make_toy_streets
@@ -63,6 +64,19 @@ def run(place: Path, name: str, checkpoint: str = 'model.pth', data: str = 'toy'
         cfg_options={'data_root': str(place / data), **WORKERS, **(options or {})},
         **more,
     )
+
+
+@pytest.mark.parametrize('package', ['jinja2', 'matplotlib'])
+def test_scores_are_written_without_the_packages_of_the_report(package, tmp_path, monkeypatch):
+    hide(monkeypatch, package)
+    (tmp_path / 'report.html').write_text('of an earlier test')
+    (tmp_path / 'per_image.csv').write_text('image\n')
+    totals = Totals.of(2)
+    totals.add('x.png', np.array([[3, 1], [0, 2]]), np.ones((3, 2), np.int64))
+    record = dict(**summary(totals, ['a', 'b']), images_sha256='0')
+    page = write_results(tmp_path, record, totals, [(0, 0, 0), (9, 9, 9)], None)
+    assert page == tmp_path / 'metrics.json' and json.loads(page.read_text())['images'] == 1
+    assert {path.name for path in tmp_path.iterdir()} == {'metrics.json', 'bootstrap.npz', 'per_image.csv'}
 
 
 @pytest.fixture(scope='module')

@@ -20,6 +20,7 @@ from mmseg.structures import SegDataSample
 from torch import Tensor
 from tqdm import tqdm
 
+from .._device import resolve_device
 from .._files import distinct_names, whole
 from ..config import check_tta, data_sets, load_config, make_writable, without_steps
 from ..errors import UserError
@@ -79,7 +80,7 @@ def infer(
     cfg = load_config(config, cfg_options or {})
     if tta:
         check_tta(cfg, config)
-    predictor = _Predictor(cfg, checkpoint, _device(device), tta, amp)
+    predictor = _Predictor(cfg, checkpoint, resolve_device(device), tta, amp)
     out = make_writable(out_dir)
     skipped, broken, start = [], [], time.perf_counter()
     for path, name in tqdm(outputs.items(), 'files', unit='file', disable=None):
@@ -138,18 +139,6 @@ def _matches(pattern: str, out_dir: str) -> list[str]:
 
 def _is_video(path: str) -> bool:
     return path.lower().endswith(VIDEO_SUFFIXES)
-
-
-def _device(name: str) -> str:
-    if name == 'auto':
-        return 'cuda' if torch.cuda.is_available() else 'cpu'
-    try:
-        torch.empty(1, device=name).cpu()  # 'meta' makes tensors, but nothing comes back
-    except (RuntimeError, AssertionError) as error:
-        no_gpu = name.startswith('cuda') and not torch.cuda.is_available()
-        reason = 'torch finds no GPU' if no_gpu else str(error).splitlines()[0]
-        raise UserError(f'--device {name} cannot be used ({reason}); --device auto takes what there is') from None
-    return name
 
 
 class _Predictor:

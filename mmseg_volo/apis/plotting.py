@@ -5,9 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
+from .._extras import require
 from .._files import whole
 from ..config import output_path
 from ..errors import UserError
@@ -23,6 +21,10 @@ def plot(work_dirs: Sequence[str], out: str = 'plot.png') -> None:
     Raises:
         UserError: nothing has been logged in a work dir, or ``out`` cannot be written.
     """
+    require('matplotlib', 'report', 'plot')
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     picture = output_path(out)
     work_dirs = list(dict.fromkeys(work_dirs))
     runs = dict(zip(_names(work_dirs), map(_curves, map(Path, work_dirs)), strict=True))

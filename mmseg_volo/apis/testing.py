@@ -131,12 +131,11 @@ def test(
                 versions={module.__name__: module.__version__ for module in (torch, mmengine, mmseg, timm, np)},
             )
             record['versions']['mmseg_volo'] = __version__
-            write_results(folder, record, totals, dataset.metainfo['palette'], other)
+            page = write_results(folder, record, totals, dataset.metainfo['palette'], other)
             low, high = record['intervals']['mIoU']
             runner.logger.info(
                 f'{_class_table(record["classes"])}\n'
-                f'mIoU {metrics["mIoU"]:.2f} (95 % interval {low:.2f} to {high:.2f}) on {totals.images} images; '
-                f'{folder / "report.html"}'
+                f'mIoU {metrics["mIoU"]:.2f} (95 % interval {low:.2f} to {high:.2f}) on {totals.images} images; {page}'
             )
         return metrics
 

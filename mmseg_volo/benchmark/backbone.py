@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from .._device import resolve_device
 from .._files import whole
 from ..config import output_path
 from ..errors import UserError
@@ -19,7 +20,7 @@ from ..models.volo import VOLO
 from ..ops import explain, outlook_attention
 from ..ops.reference import outlook_attention_reference
 from .memory import LiveMemory, peak_bytes
-from .segmentor import autocast, measured_device, segmentor_speed
+from .segmentor import autocast, segmentor_speed
 from .timing import environment, paired_times
 
 HEAD_WIDTH = 32
@@ -57,7 +58,7 @@ def benchmark_backbone(
     Raises:
         UserError: the device is missing, the file is not writable, or parity failed.
     """
-    device = measured_device(device)
+    device = resolve_device(device)
     path = None if out is None else output_path(out, '.json')  # before the minutes that measuring takes
     init_default_scope('mmseg')
     env = environment(device)

@@ -14,7 +14,6 @@ from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
 from ..config import load_config
-from ..errors import UserError
 
 
 def build_segmentor(config: str, device: str, cfg_options: dict | None = None) -> tuple[Config, nn.Module]:
@@ -31,15 +30,6 @@ def random_batch(cfg: Config, model: nn.Module, batch: int, device: str) -> tupl
     labels = torch.randint(model.num_classes, (batch, 1, height, width), device=device)
     samples = [SegDataSample(gt_sem_seg=PixelData(data=one)) for one in labels]
     return torch.randn(batch, 3, height, width, device=device), samples
-
-
-def measured_device(name: str) -> str:
-    """``'cuda'`` or ``'cpu'`` for ``'auto'``; raises ``UserError`` if the device is not there."""
-    if name == 'auto':
-        return 'cuda' if torch.cuda.is_available() else 'cpu'
-    if name == 'cuda' and not torch.cuda.is_available():
-        raise UserError('--device cuda, but torch finds no GPU; leave it out, or use --device cpu')
-    return name
 
 
 def autocast(device: str) -> AbstractContextManager:

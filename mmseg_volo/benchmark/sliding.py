@@ -11,10 +11,11 @@ from mmseg.structures import SegDataSample
 from prettytable import PrettyTable
 from torch import nn
 
+from .._device import resolve_device
 from ..errors import UserError
 from ..models.segmentor import SlidingSegmentor
 from .memory import peak_bytes
-from .segmentor import autocast, build_segmentor, measured_device
+from .segmentor import autocast, build_segmentor
 from .timing import environment, paired_times
 
 AGAINST_MMSEG = (1024, 2048)
@@ -36,7 +37,7 @@ def benchmark_sliding(
     """
     if min(sizes) < 1:
         raise UserError(f'--sizes must be at least 1, got {min(sizes)}')
-    device = measured_device(device)
+    device = resolve_device(device)
     torch.manual_seed(0)
     cfg, _ = build_segmentor(config, 'cpu', cfg_options)
     if cfg.model.type is not SlidingSegmentor:

@@ -11,9 +11,10 @@ from mmseg.registry import TRANSFORMS
 from prettytable import PrettyTable
 from torch import Tensor, nn
 
+from .._device import resolve_device
 from ..errors import UserError
 from .memory import LiveMemory
-from .segmentor import autocast, build_segmentor, measured_device, random_batch
+from .segmentor import autocast, build_segmentor, random_batch
 from .timing import environment
 
 
@@ -38,7 +39,7 @@ def profile_step(
     for option, value in dict(batch=batch, images=images).items():
         if value is not None and value < 1:
             raise UserError(f'--{option} must be at least 1, got {value}')
-    device = measured_device(device)
+    device = resolve_device(device)
     cfg, model = build_segmentor(config, device, cfg_options)
     batch = batch or cfg.train_dataloader.batch_size
     height, width = cfg.crop_size

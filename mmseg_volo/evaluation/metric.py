@@ -82,7 +82,7 @@ class SegmentationMetric(BaseMetric):
             raise UserError(f'every pixel of the test set is void ({self.ignore_index}): nothing can be measured')
         self._join_rows(classes)
         self.totals = totals
-        draws = totals.draws()
+        draws = totals.bootstrap_scores()
 
         table = PrettyTable(['class', 'IoU', '95 % interval', 'Acc', 'Precision', 'Fscore', 'BoundaryIoU'])
         table.align = 'r'

@@ -8,19 +8,23 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from zipfile import BadZipFile
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib.figure import Figure
 from mmengine.logging import MMLogger
 from prettytable import PrettyTable
 
+from .._extras import require
 from .._files import whole
 from ..errors import UserError
 from .scores import Totals, areas, category_iou, class_scores, interval, mean_scores
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 IMAGE_SCORES = 'mIoU', 'aAcc', 'mBoundaryIoU'
+PAGES = 'confusion.png', 'per_class.png', 'report.html'
 NUMBERED = 20  # classes whose confusion matrix still has room for numbers
 
 
@@ -59,7 +63,7 @@ class Difference:
 def summary(totals: Totals, classes: Sequence[str]) -> dict:
     """All scores in per cent, with intervals; None where there is nothing to measure."""
     pixels = areas(totals.confusion)
-    draws = totals.draws()
+    draws = totals.bootstrap_scores()
     bounds = interval(draws['IoU'])
     per_class = class_scores(pixels, totals.edges)
     categories = category_iou(totals.confusion, classes)
@@ -80,15 +84,19 @@ def summary(totals: Totals, classes: Sequence[str]) -> dict:
     )
 
 
-def write_results(folder: Path, record: dict, totals: Totals, palette: Sequence, other: Run | None) -> None:
-    """Write all but ``per_image.csv``, which is there, into ``folder``: numbers first, then pictures and page.
+def write_results(folder: Path, record: dict, totals: Totals, palette: Sequence, other: Run | None) -> Path:
+    """Write the scores into ``folder``, then the pictures and ``report.html`` if their packages are installed.
 
     Args:
-        record: becomes ``metrics.json``: a ``summary``, and what it was measured with.
+        folder: already holds ``per_image.csv``.
+        record: content of ``metrics.json``: the ``summary`` and the circumstances of the test.
         palette: a colour per class.
-        other: is compared with this run.
+        other: run to compare with this one.
+
+    Returns:
+        Path of ``report.html``, or of ``metrics.json`` if jinja2 or matplotlib is missing.
     """
-    draws = {name: values.astype(np.float32) for name, values in totals.draws().items()}
+    draws = {name: values.astype(np.float32) for name, values in totals.bootstrap_scores().items()}
     archive = io.BytesIO()
     np.savez_compressed(archive, **draws)
     write_whole(folder / 'bootstrap.npz', archive.getvalue())
@@ -96,12 +104,23 @@ def write_results(folder: Path, record: dict, totals: Totals, palette: Sequence,
     differences = _differences(record, draws, other) if other else []
     if other:
         MMLogger.get_current_instance().info(f'compared with {other.path}:\n{_table(differences)}')
+    try:
+        jinja2 = require('jinja2', 'report', 'report.html')
+        require('matplotlib', 'report', 'report.html')
+    except UserError as missing:
+        for name in PAGES:  # from an earlier test
+            (folder / name).unlink(missing_ok=True)
+        MMLogger.get_current_instance().warning(f'{missing}; the scores are in {folder / "metrics.json"}')
+        return folder / 'metrics.json'
     confusion = _confusion_picture(totals.confusion, [row['name'] for row in record['classes']])
     write_whole(folder / 'confusion.png', confusion)
     write_whole(folder / 'per_class.png', _class_picture(record['classes']))
 
-    pages = Environment(
-        loader=PackageLoader('mmseg_volo', 'evaluation'), autoescape=True, trim_blocks=True, undefined=StrictUndefined
+    pages = jinja2.Environment(
+        loader=jinja2.PackageLoader('mmseg_volo', 'evaluation'),
+        autoescape=True,
+        trim_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
     pages.filters.update(score=_written, bounds=_written_bounds, inline=_inline, stem=lambda path: Path(path).stem)
     html = pages.get_template('report.html.j2').render(
@@ -115,6 +134,7 @@ def write_results(folder: Path, record: dict, totals: Totals, palette: Sequence,
         images=_image_rows(folder / 'per_image.csv'),
     )
     write_whole(folder / 'report.html', html.encode())
+    return folder / 'report.html'
 
 
 def read_run(path: str, classes: Sequence[str], images_sha256: str) -> Run:
@@ -186,7 +206,7 @@ def _confusion_picture(confusion: np.ndarray, classes: Sequence[str]) -> bytes:
     shares = np.ma.masked_where(np.repeat(rows == 0, count, axis=1), 100 * confusion / np.maximum(rows, 1))
     side = 3 + 0.3 * count if count <= NUMBERED else 5 + 0.13 * count
     font = 8 if count <= NUMBERED else 5
-    figure = Figure(figsize=(side, side))
+    figure = _figure(side, side)
     axes = figure.subplots()
     axes.set_facecolor('lightgrey')  # classes that the truth lacks
     axes.imshow(shares, cmap='Blues', vmin=0, vmax=100)
@@ -206,7 +226,7 @@ def _class_picture(rows: Sequence[dict]) -> bytes:
     known = [row for row in rows if row['IoU'] is not None]
     values = np.array([row['IoU'] for row in known])
     low, high = np.array([row['IoU_interval'] for row in known]).T
-    figure = Figure(figsize=(7, 1 + 0.22 * len(known)))
+    figure = _figure(7, 1 + 0.22 * len(known))
     axes = figure.subplots()
     axes.barh([row['name'] for row in known], values, xerr=np.clip([values - low, high - values], 0, None), capsize=2)
     axes.tick_params(axis='y', labelsize=7)
@@ -217,7 +237,11 @@ def _class_picture(rows: Sequence[dict]) -> bytes:
     return _png(figure)
 
 
-def _png(figure: Figure) -> bytes:
+def _figure(width: float, height: float) -> 'Figure':
+    return require('matplotlib.figure', 'report', 'report.html').Figure((width, height))
+
+
+def _png(figure: 'Figure') -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format='png', bbox_inches='tight', dpi=110)
     return buffer.getvalue()

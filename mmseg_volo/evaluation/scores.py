@@ -77,7 +77,7 @@ class Totals:
         self.worst = sorted(self.worst + worst, key=lambda example: (example.miou, example.name))[:KEPT]
         self.best = sorted(self.best + best, key=lambda example: (-example.miou, example.name))[:KEPT]
 
-    def draws(self) -> dict[str, np.ndarray]:
+    def bootstrap_scores(self) -> dict[str, np.ndarray]:
         """Scores of the replicates: mIoU and aAcc ``[1000]``, IoU ``[1000, n]``."""
         per_class = iou(self.replicates)
         return dict(mIoU=mean(per_class), aAcc=accuracy(self.replicates), IoU=per_class)
