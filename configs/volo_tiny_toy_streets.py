@@ -1,4 +1,4 @@
-# VOLO-tiny + UPerNet on toy streets, the demo: 1 process x 4 images, 96 x 192 crops, 1000 iterations.
+# VOLO-tiny + UPerNet on toy streets, the demo: 1 process x 4 images, 96 x 192 crops, 1200 iterations.
 from mmengine.config import read_base
 
 with read_base():
@@ -15,7 +15,7 @@ model.update(
     decode_head=dict(in_channels=[48, 48, 48, 48], channels=48, num_classes=num_classes),
     auxiliary_head=None,
 )
-max_iters = 1000
+max_iters = 1200
 optim_wrapper.optimizer.update(lr=3e-3)
 param_scheduler[1].update(end=max_iters)
 train_cfg.update(max_iters=max_iters, val_interval=max_iters)

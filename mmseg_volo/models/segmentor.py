@@ -25,11 +25,12 @@ class SlidingSegmentor(EncoderDecoder):
     The windows are those of mmseg's ``slide_inference``. Each is normalised on its own, and rows become labels as soon
     as no further window covers them, so that the normalised image and its logits never exist as a whole.
 
-    ``test_cfg``, besides mmseg's ``mode``, ``crop_size`` and ``stride``:
-        batch_size: number of windows per batch, 8 on a GPU and 1 on a CPU by default; halved when memory runs out.
-        weighting: weights for averaging overlapping windows: ``'uniform'`` as in mmseg, or ``'hann'``, which prefers
-            the middle of a window to its border and leaves no seams.
-        logits: also return ``seg_logits``, float32 ``[classes, H, W]``, with each prediction.
+    ``test_cfg`` takes these keys besides mmseg's ``mode``, ``crop_size`` and ``stride``:
+
+    - ``batch_size``: number of windows per batch, 8 on a GPU and 1 on a CPU by default; halved when memory runs out.
+    - ``weighting``: weights for averaging overlapping windows: ``'uniform'`` as in mmseg, or ``'hann'``, which prefers
+      the middle of a window to its border and leaves no seams.
+    - ``logits``: also return ``seg_logits``, float32 ``[classes, H, W]``, with each prediction.
     """
 
     def __init__(self, *args, test_cfg: dict, data_preprocessor: dict, **kwargs):
