@@ -160,7 +160,7 @@ def _add_check_data(parser: argparse.ArgumentParser) -> None:
 
 
 def _check_data(args: dict) -> int:
-    from mmseg_volo.datasets.checks import check_all_data
+    from mmseg_volo.datasets.full_check import check_all_data
 
     return int(any(finding.level == 'error' for finding in check_all_data(**args)))
 

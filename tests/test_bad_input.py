@@ -23,7 +23,7 @@ from mmseg_volo.apis.plotting import plot
 from mmseg_volo.benchmark.sliding import benchmark_sliding
 from mmseg_volo.benchmark.step import profile_step
 from mmseg_volo.config import load_config
-from mmseg_volo.datasets.checks import check_all_data
+from mmseg_volo.datasets.full_check import check_all_data
 from mmseg_volo.datasets.toy_streets import make_toy_streets, parse_size
 from mmseg_volo.error_messages import one_sentence_errors
 from mmseg_volo.errors import UserError

@@ -1,4 +1,4 @@
-"""Every mistake, planted one by one in toy streets, has its name; data without mistakes have none."""
+"""Each mistake, planted in toy streets, gets its own message; sound data gets no error."""
 
 import gc
 import shutil
@@ -11,9 +11,9 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-import mmseg_volo.datasets.checks as module
 from mmseg_volo.config import load_config
-from mmseg_volo.datasets.checks import check_all_data, check_data
+from mmseg_volo.datasets.checks import check_data
+from mmseg_volo.datasets.full_check import DRAWN, FILES_NAMED, ROW_HEIGHT, check_all_data
 from mmseg_volo.datasets.toy_streets import make_toy_streets
 from mmseg_volo.errors import UserError
 from mmseg_volo_cli import main
@@ -32,7 +32,7 @@ def streets(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copy(streets, tmp_path, monkeypatch) -> Path:
-    """Toy streets to spoil, in a working directory of their own."""
+    """A copy of the toy streets to damage, in the working directory."""
     monkeypatch.chdir(tmp_path)
     return shutil.copytree(streets, tmp_path / 'toy')
 
@@ -54,7 +54,7 @@ def labels(root: Path, split: str = 'train') -> list[Path]:
 
 
 def change(path: Path, function) -> None:
-    """Write ``function`` of the pixels in their place."""
+    """Replace the pixels of a picture by ``function(pixels)``."""
     Image.fromarray(function(np.array(Image.open(path)))).save(path)
 
 
@@ -62,7 +62,7 @@ def jpeg(path: Path, quality: int = 50) -> None:
     Image.open(path).convert('L').save(path, format='JPEG', quality=quality)
 
 
-# Each returns how many files are wrong.
+# Each function returns the number of wrong files.
 
 
 def image_without_label(root):
@@ -150,24 +150,24 @@ def another_id(root):
 
 MISTAKES = {
     image_without_label: 'image has no label; docs/data.md',
-    no_train_ids: 'image has no label, only labelIds',
+    no_train_ids: 'image has no labelTrainIds, only labelIds',
     label_without_image: 'label has no image that ends in _leftImg8bit.png',
     truncated_image: 'image cannot be decoded',
     damaged_label: 'label cannot be read',
     other_size: 'label differs in size from its image',
     label_ids_in_the_place_of_train_ids: "they look like Cityscapes' labelIds",
-    colours: 'label must be class ids, one per pixel, not colours',
+    colours: 'label must have one class id per pixel, not colours',
     jpeg_named_png: 'label is a JPEG',
-    png_that_was_a_jpeg: 'a lossy format or from a resize that interpolates',
-    counted_from_one: 'id 0 never occurs, so they count from 1: set reduce_zero_label=True',
+    png_that_was_a_jpeg: 'a lossy format or an interpolating resize',
+    counted_from_one: 'id 0 never occurs, so the classes count from 1: set reduce_zero_label=True',
     zero_is_void: 'if 0 is void, as in ADE20K, set reduce_zero_label=True',
-    beyond_a_byte: 'label has numbers outside 0 to 255',
+    beyond_a_byte: 'label has values outside 0 to 255',
     another_id: 'id 77 in labels of 19 classes (0 to 18, and 255 for void); docs/data.md',
 }
 
 
 @pytest.mark.parametrize('plant', MISTAKES, ids=lambda plant: plant.__name__)
-def test_a_mistake_is_one_error_with_its_name_and_its_files(plant, copy, capsys):
+def test_each_mistake_is_one_error_that_names_its_files(plant, copy, capsys):
     count = plant(copy)
     (error,) = errors(check(copy))
     assert error.split == 'train' and MISTAKES[plant] in error.what
@@ -176,20 +176,20 @@ def test_a_mistake_is_one_error_with_its_name_and_its_files(plant, copy, capsys)
     assert printed.count(MISTAKES[plant]) == 1 and '1 error in' in printed
     assert f'({count} file{"s" * (count > 1)})' in printed
     named = sum(line.startswith(f'  {copy}') for line in printed.splitlines())
-    assert named == min(count, module.FILES_NAMED) and (f'and {count - 3} more' in printed) == (count > 3)
+    assert named == min(count, FILES_NAMED) and (f'and {count - 3} more' in printed) == (count > 3)
 
 
 @pytest.mark.parametrize(
     'plant', [plant for plant in MISTAKES if plant not in (label_without_image, truncated_image, other_size)]
 )
-def test_the_quick_check_before_a_run_knows_the_mistakes_of_labels_too(plant, copy):
+def test_the_quick_check_finds_mistakes_in_labels(plant, copy):
     plant(copy)
     with pytest.raises(UserError) as caught:
         check_data(load_config(CONFIG, {'data_root': str(copy)}), ('train', 'val'))
     assert str(copy) in str(caught.value)
 
 
-def test_mistakes_of_val_are_those_of_val(copy):
+def test_mistakes_in_val_are_reported_for_val(copy):
     colours_of_val = labels(copy, 'val')
     for path in colours_of_val:
         Image.open(path).convert('RGB').save(path)
@@ -197,13 +197,13 @@ def test_mistakes_of_val_are_those_of_val(copy):
     assert error.split == 'val' and len(error.files) == VAL
 
 
-def test_sound_data_have_no_errors_but_a_table_and_a_picture(copy, capsys):
+def test_sound_data_gives_a_table_and_a_picture(copy, capsys):
     findings = check(copy)
     printed = capsys.readouterr().out
     assert errors(findings) == [] and 'no errors' in printed
-    assert 'train: 8 images' in printed and 'val: 4 images' in printed and 'test: the same data as val' in printed
+    assert 'train: 8 images' in printed and 'val: 4 images' in printed and 'test: same data as val' in printed
     picture = Image.open('work_dirs/volo_tiny_toy_streets/check_data.png')
-    assert picture.height == 2 * module.ROW_HEIGHT and picture.width > module.DRAWN * 1.5 * module.ROW_HEIGHT
+    assert picture.height == 2 * ROW_HEIGHT and picture.width > DRAWN * 1.5 * ROW_HEIGHT
     pixels = np.concatenate([np.array(Image.open(path)).ravel() for path in labels(copy)])
     road = next(line.split() for line in printed.splitlines() if line.startswith('| road '))
     assert road[3] == f'{np.mean(pixels == 0):.3%}' and road[5] == '8' and road[9] == '4'
@@ -215,11 +215,11 @@ def test_classes_that_never_occur_are_a_warning_in_train_and_a_note_in_val(copy)
     assert warning.what.startswith('10 of 19 classes never occur: wall, fence,') and 'never occur' in note.what
 
 
-def test_the_picture_shows_the_labels_colours_over_the_images(copy):
+def test_the_picture_shows_label_colours_over_images(copy):
     check_all_data(CONFIG, out='here/seen.png', cfg_options={'data_root': str(copy)})
     picture = np.array(Image.open('here/seen.png').convert('RGB')).astype(int)
     first = files(copy, 'leftImg8bit')[0]
-    size = (360, module.ROW_HEIGHT)  # of 96 x 64
+    size = (360, ROW_HEIGHT)  # of 96 x 64
     image = np.asarray(Image.open(first).resize(size)).astype(int)
     sky = np.asarray(Image.open(labels(copy)[0]).resize(size, Image.Resampling.NEAREST)) == 10
     shown = picture[: size[1], : size[0]][sky]
@@ -233,7 +233,7 @@ def test_images_of_train_in_val_are_an_error_however_they_are_stored(copy):
     shutil.copy(labels(copy)[0], labels(copy, 'val')[0])
     assert train.read_bytes() != val.read_bytes()
     (error,) = errors(check(copy))
-    assert error.split == 'val' and 'image is in train, too' in error.what
+    assert error.split == 'val' and 'image is also in train' in error.what
     assert error.files == [f'{val} = {train}']
 
 
@@ -247,7 +247,7 @@ def test_the_same_image_twice_in_a_split_is_a_note(copy):
     first, second = files(copy, 'leftImg8bit')[:2]
     shutil.copy(first, second)
     findings = check(copy)
-    (note,) = (finding for finding in findings if 'more than once' in finding.what)
+    (note,) = (finding for finding in findings if 'duplicate images' in finding.what)
     assert errors(findings) == [] and note.level == 'note' and note.files == [f'{first} = {second}']
 
 
@@ -267,7 +267,7 @@ def test_sixteen_bits_that_hold_bytes_are_fine(copy):
     assert errors(check(copy)) == []
 
 
-def test_a_photograph_on_its_side_is_turned_as_training_turns_it(copy):
+def test_exif_rotation_is_applied_as_in_training(copy):
     image = files(copy, 'leftImg8bit')[0]
     turned = Image.open(image).transpose(Image.Transpose.ROTATE_90)
     exif = turned.getexif()
@@ -276,14 +276,14 @@ def test_a_photograph_on_its_side_is_turned_as_training_turns_it(copy):
     assert errors(check(copy)) == []
 
 
-def test_a_repeated_data_set_is_looked_at_once_and_parts_are_added_up(copy, tmp_path, capsys):
+def test_a_repeated_data_set_is_checked_once_and_parts_are_summed(copy, tmp_path, capsys):
     cfg = load_config(CONFIG, {'data_root': str(copy)})
     train, val = cfg.train_dataloader.dataset, cfg.val_dataloader.dataset
     again = dict(train, pipeline=train.pipeline[:-1])
     cfg.train_dataloader.dataset = dict(type='ConcatDataset', datasets=[train, val, train, again])
     cfg.dump(tmp_path / 'joined.py')
     findings = check_all_data(str(tmp_path / 'joined.py'), splits=['train'])
-    assert not any('more than once' in finding.what for finding in findings)
+    assert not any('duplicate images' in finding.what for finding in findings)
     printed = capsys.readouterr().out
     assert 'train: 8 images\ntrain: 4 images\ntrain: 8 images\n+' in printed
     seen = [np.array(Image.open(path)) for path in [*labels(copy) * 2, *labels(copy, 'val')]]
@@ -292,7 +292,7 @@ def test_a_repeated_data_set_is_looked_at_once_and_parts_are_added_up(copy, tmp_
     assert errors(findings) == []
 
 
-def test_a_split_without_labels_has_its_images_looked_at(copy, tmp_path, capsys):
+def test_images_are_checked_in_a_split_without_labels(copy, tmp_path, capsys):
     cfg = load_config(CONFIG, {'data_root': str(copy)})
     cfg.test_dataloader.dataset.pipeline = [dict(type='LoadImageFromFile'), dict(type='PackSegInputs')]
     cfg.dump(tmp_path / 'blind.py')
@@ -302,10 +302,10 @@ def test_a_split_without_labels_has_its_images_looked_at(copy, tmp_path, capsys)
     (error,) = errors(check_all_data(str(tmp_path / 'blind.py'), splits=['test']))
     assert error.split == 'test' and 'image cannot be decoded' in error.what
     printed = capsys.readouterr().out
-    assert 'test: 4 images, whose labels the config does not load' in printed and '| road' not in printed
+    assert 'test: 4 images; the config loads no labels' in printed and '| road' not in printed
 
 
-def test_only_the_splits_asked_for_are_looked_at(copy, capsys):
+def test_only_the_requested_splits_are_checked(copy, capsys):
     shutil.rmtree(copy / 'leftImg8bit/val')
     findings = check_all_data(CONFIG, 'seen.png', ['train'], {'data_root': str(copy)})
     assert errors(findings) == [] and {finding.split for finding in findings} == {'train'}
@@ -342,7 +342,7 @@ def test_the_exit_status_is_0_without_errors_1_with_and_2_for_bad_input(copy, ca
         assert words in line
 
 
-def test_the_tool_runs_as_its_user_runs_it(copy):
+def test_the_tool_runs_as_a_command(copy):
     label_without_image(copy)
     command = [sys.executable, ROOT / 'tools/check_data.py', CONFIG, '--cfg-options', f'data_root={copy}']
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -361,9 +361,9 @@ def test_real_ade20k_has_no_errors(ade20k, tmp_path):
     assert errors(findings) == []
 
 
-def test_ade20k_read_as_if_it_counted_from_zero_is_an_error_even_without_its_last_class(ade20k, tmp_path):
+def test_ade20k_without_reduce_zero_label_is_an_error_even_without_its_last_class(ade20k, tmp_path):
     options = {'data_root': str(ade20k), 'train_dataloader.dataset.reduce_zero_label': False}
     options['train_dataloader.dataset.pipeline.2.reduce_zero_label'] = False
     config = str(ROOT / 'configs/volo_d1_ade20k.py')
     (error,) = errors(check_all_data(config, out=str(tmp_path / 'seen.png'), cfg_options=options))
-    assert error.split == 'train' and error.what.startswith('ADE20K counts from 1, with 0 for void: set')
+    assert error.split == 'train' and error.what.startswith('ADE20K counts classes from 1 and uses 0 for void: set')
