@@ -210,7 +210,7 @@ def type_name(settings: dict) -> str:
 
 def without_steps(pipeline: Sequence, names: Sequence[str]) -> list:
     """A pipeline without the steps of these names, also inside TestTimeAug; groups left empty are dropped."""
-    kept = []
+    kept: list = []
     for step in pipeline:
         if isinstance(step, Sequence):
             kept += [group] if (group := without_steps(step, names)) else []

@@ -13,7 +13,7 @@ ROWS = 256  # worked on at a time: pictures may be huge
 PIXELS = 2**20  # counted at a time: np.bincount makes them int64
 
 
-def overlay(image: np.ndarray, label: np.ndarray, palette: Sequence, opacity: float = 0.55) -> Image.Image:
+def overlay(image: np.ndarray, label: np.ndarray, palette: Sequence | np.ndarray, opacity: float = 0.55) -> Image.Image:
     """Image ``[H, W, 3]`` uint8 RGB under the colours of ``label`` ``[H, W]``; ids without a colour stay bare."""
     colours = np.asarray(palette, dtype=np.uint8)
     picture = Image.new('RGB', label.shape[::-1])
@@ -28,10 +28,9 @@ def overlay(image: np.ndarray, label: np.ndarray, palette: Sequence, opacity: fl
 def with_legend(picture: Image.Image, label: np.ndarray, classes: Sequence[str], palette: Sequence) -> Image.Image:
     """The picture with a column of the classes present in ``label``, largest first, on its right."""
     pixels = label.ravel()
-    counts = sum(
-        np.bincount(pixels[first : first + PIXELS], minlength=len(classes))[: len(classes)]
-        for first in range(0, pixels.size, PIXELS)
-    )
+    counts = np.zeros(len(classes), np.int64)
+    for first in range(0, pixels.size, PIXELS):
+        counts += np.bincount(pixels[first : first + PIXELS], minlength=len(classes))[: len(classes)]
     present = [int(i) for i in np.argsort(-counts, kind='stable') if counts[i]]
     size = int(np.clip(picture.height / 24, 11, 40))
     font = ImageFont.load_default(size)

@@ -31,7 +31,7 @@ def run_demo(
     out = make_writable(out_dir)
     data = out / 'toy_streets'
     make_toy_streets(data, train=TRAIN, val=VAL, size=SIZE)
-    common = dict(work_dir=str(out / 'work_dir'), verbose=verbose)
+    common: dict = dict(work_dir=str(out / 'work_dir'), verbose=verbose)
     options = dict(data_root=str(data))
     runner = train(config, seed=seed, cfg_options={**options, **WITHOUT_VALIDATION}, **common)
     checkpoint = runner.message_hub.get_info('last_ckpt')

@@ -254,7 +254,7 @@ def _segment_video(path: str, out: Path, predictor: _Predictor, opacity: float) 
     progress = tqdm(chain([first], frames), Path(path).name, expected or None, unit='frame', leave=False, disable=None)
     with whole(out) as partial:
         rate, (width, height) = video.get(cv2.CAP_PROP_FPS), first.shape[1::-1]
-        writer = cv2.VideoWriter(str(partial), cv2.VideoWriter_fourcc(*'mp4v'), rate, (width, height))
+        writer = cv2.VideoWriter(str(partial), cv2.VideoWriter.fourcc(*'mp4v'), rate, (width, height))
         if not writer.isOpened():
             raise UserError(f'cannot write {out}: OpenCV makes no video of {width} x {height} at {rate} Hz there')
         done = 0

@@ -52,7 +52,7 @@ def list_models() -> None:
     for arch, settings in ARCHITECTURES.items():
         with torch.device('meta'):
             model = VOLO(arch)
-        sizes = [', '.join(map(str, settings[key])) for key in ('layers', 'embed_dims', 'num_heads')]
+        sizes = [', '.join(str(size) for size in settings[key]) for key in ('layers', 'embed_dims', 'num_heads')]
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         print(
             f'| {arch} | {" | ".join(sizes)} | {parameters:.2f} | {_gmacs(arch, 512):.1f} | {_gmacs(arch, 1024):.0f} '

@@ -186,8 +186,9 @@ def newest_whole_checkpoint(folder: str | Path) -> tuple[str, dict] | None:
     Raises:
         UserError: every checkpoint in ``folder`` is damaged.
     """
-    found = {path: re.fullmatch(r'(?:iter|epoch)_(\d+)\.pth', path.name) for path in Path(folder).glob('*.pth')}
-    newest_first = sorted((path for path in found if found[path]), key=lambda path: -int(found[path][1]))
+    names = ((path, re.fullmatch(r'(?:iter|epoch)_(\d+)\.pth', path.name)) for path in Path(folder).glob('*.pth'))
+    found = {path: int(name[1]) for path, name in names if name}
+    newest_first = sorted(found, key=lambda path: -found[path])
     for path in newest_first:
         try:
             return str(path), read_ahead(str(path))

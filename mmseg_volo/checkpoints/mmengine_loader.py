@@ -112,7 +112,7 @@ def _plain_state(state: Mapping, source: str) -> OrderedDict:
 
 
 def _plain_hub(hub: Mapping, source: str) -> dict:
-    parts = {key: hub.get(key) for key in ('log_scalars', 'runtime_info', 'resumed_keys')}
+    parts: dict = {key: hub.get(key) for key in ('log_scalars', 'runtime_info', 'resumed_keys')}
     if not all(isinstance(part, dict) for part in parts.values()):
         raise UserError(f"{source} contains a message hub that is not mmengine's")
     folder = Path(source).expanduser().resolve().parent

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
 from mmengine.dist import is_main_process
@@ -29,7 +30,7 @@ def runner_on_terminal(cfg: Config, verbose: bool = False) -> Iterator[Runner]:
         cfg: a whole config; ``runner_type`` names the class.
         verbose: show everything, as mmengine does.
     """
-    kind = RUNNERS.get(cfg.get('runner_type', 'Runner'))
+    kind: Any = RUNNERS.get(cfg.get('runner_type', 'Runner'))
     if verbose:
         yield kind.from_cfg(cfg)
         return
@@ -38,7 +39,8 @@ def runner_on_terminal(cfg: Config, verbose: bool = False) -> Iterator[Runner]:
     logging.captureWarnings(True)
     WARNINGS.propagate = False
     try:
-        runner = type(f'Quiet{kind.__name__}', (_QuietLogger, kind), {}).from_cfg(cfg)
+        quiet: Any = type(f'Quiet{kind.__name__}', (_QuietLogger, kind), {})
+        runner = quiet.from_cfg(cfg)
         if sys.stdout.isatty() and is_main_process():
             runner.register_hook(progress)
         yield runner
@@ -108,8 +110,8 @@ class ProgressHook(Hook):
         self.bars.append(tqdm(desc=name, total=total, initial=first, leave=leave, file=sys.stdout, dynamic_ncols=True))
 
 
-class _QuietLogger:
-    """Mixin for ``Runner`` that quiets its logger before the first line, which comes while the runner is built."""
+class _QuietLogger(Runner):
+    """Runner that quiets its logger before the first line, which comes while the runner is built."""
 
     def build_logger(self, *args, **kwargs) -> MMLogger:
         logger = super().build_logger(*args, **kwargs)

@@ -39,10 +39,11 @@ class VOLOLayerDecayConstructor(DefaultOptimWrapperConstructor):
 
     def add_params(self, params: list[dict], module: nn.Module, **kwargs) -> None:
         """Append one group per layer, with and without weight decay, to ``params``, and log a table of them."""
-        if not isinstance(getattr(module, 'backbone', None), VOLO):
+        backbone = getattr(module, 'backbone', None)
+        if not isinstance(backbone, VOLO):
             raise UserError(f'VOLOLayerDecayConstructor needs a VOLO backbone, got {type(module).__name__}')
         rate = self.paramwise_cfg['decay_rate']
-        blocks = [len(stage) for i, stage in enumerate(module.backbone.network) if i != DOWNSAMPLE]
+        blocks = [len(list(stage.children())) for i, stage in enumerate(backbone.network) if i != DOWNSAMPLE]
         last = sum(blocks) + 1
         groups: dict[tuple[int, bool], dict] = {}
         for name, parameter in module.named_parameters():

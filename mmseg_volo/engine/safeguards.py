@@ -89,7 +89,7 @@ class NonFiniteLossHook(Hook):
 
 def _gradient_norm(wrapper: OptimWrapper, parameters: Sequence[torch.nn.Parameter]) -> float:
     """Norm of all gradients; the one that clipping has just logged where it can be used."""
-    gradients = [parameter.grad for parameter in parameters]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     sharded = any(isinstance(gradient, DTensor) for gradient in gradients)  # clipping logs the norm of one share
     if wrapper.clip_grad_kwargs and wrapper.clip_func is clip_grad_norm_ and gradients and not sharded:
         return wrapper.message_hub.get_scalar('train/grad_norm').current()

@@ -42,8 +42,9 @@ class Totals:
     @classmethod
     def of(cls, num_classes: int) -> 'Totals':
         """Nothing yet."""
-        shapes = (num_classes, num_classes), (3, num_classes), (REPLICATES, 3, num_classes)
-        return cls(*(np.zeros(shape, np.int64) for shape in shapes))
+        confusion = np.zeros((num_classes, num_classes), np.int64)
+        edges = np.zeros((3, num_classes), np.int64)
+        return cls(confusion, edges, np.zeros((REPLICATES, 3, num_classes), np.int64))
 
     def add(self, name: str, confusion: np.ndarray, edges: np.ndarray) -> None:
         """Count one image.

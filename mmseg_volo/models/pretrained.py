@@ -3,8 +3,9 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from mmengine.logging import print_log
+from mmengine.logging import MMLogger
 from mmengine.model.weight_init import PretrainedInit
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
@@ -45,7 +46,9 @@ def pretrained_checkpoint(init_cfg: dict | list[dict] | None) -> str | None:
         if named and len(init_cfg) > 1:  # mmengine would load it, even if tensors are missing
             raise UserError(f'a Pretrained init_cfg must stand alone, got it in a list of {len(init_cfg)}')
         return pretrained_checkpoint(named[0]) if named else None
-    kind = init_cfg.get('type') if isinstance(init_cfg, dict) else None
+    if not isinstance(init_cfg, dict):
+        return None
+    kind = init_cfg.get('type')
     if kind is not PretrainedInit and str(kind).split('.')[-1] != 'Pretrained':  # 'mmengine.Pretrained' too
         return None
     extra = set(init_cfg) - {'type', 'checkpoint'}
@@ -54,7 +57,7 @@ def pretrained_checkpoint(init_cfg: dict | list[dict] | None) -> str | None:
     return init_cfg['checkpoint']
 
 
-def load_pretrained(model: nn.Module, source: str, form: PretrainedFormat) -> None:
+def load_pretrained(model: Any, source: str, form: PretrainedFormat) -> None:
     """Load the checkpoint ``source`` into a backbone, and log in one line what was loaded, resized and dropped.
 
     Args:
@@ -97,10 +100,9 @@ def load_pretrained(model: nn.Module, source: str, form: PretrainedFormat) -> No
         changes.append(f'{dropped} tensors of the classifier or of unused stages dropped')
     if new:
         changes.append(f'{len(new)} tensors of the output norms are new')
-    print_log(
+    MMLogger.get_current_instance().info(
         f'{form.name} {model.arch}: {len(state)} of {len(own)} tensors loaded from {source}'
-        + ''.join(f'; {change}' for change in changes),
-        logger='current',
+        + ''.join(f'; {change}' for change in changes)
     )
 
 

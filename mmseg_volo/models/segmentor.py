@@ -1,6 +1,7 @@
 """Segmentors that test images of any size in memory that does not grow with their area."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,8 +41,8 @@ class SlidingSegmentor(EncoderDecoder):
         weighting = self.test_cfg.get('weighting', 'uniform')
         if weighting not in ('uniform', 'hann'):
             raise UserError(f"test_cfg.weighting must be 'uniform' or 'hann', got {weighting!r}")
-        if self.test_cfg.mode == 'slide':
-            crop, stride = self.test_cfg.crop_size, self.test_cfg.stride
+        if self.test_cfg.get('mode') == 'slide':
+            crop, stride = self.test_cfg.get('crop_size'), self.test_cfg.get('stride')
             sizes = are_positive(crop, 2) and are_positive(stride, 2)
             if not sizes or any(s > c for s, c in zip(stride, crop, strict=True)):
                 raise UserError(f'test_cfg.stride must be between (1, 1) and crop_size {crop!r}, got {stride!r}')
@@ -102,7 +103,8 @@ class SlidingSegmentor(EncoderDecoder):
         crop = [min(side, length) for side, length in zip(self.test_cfg.crop_size, (height, width), strict=True)]
         tops, lefts = (_starts(*args) for args in zip((height, width), crop, self.test_cfg.stride, strict=True))
         weight = self._weight(crop)
-        sums = weights = None  # over the windows so far, for the rows from ``top`` on
+        sums: Any = None  # over the windows so far, for the rows from ``top`` on
+        weights: Any = None
         top = tops[0]
         places = [(y, x) for y in tops for x in lefts]
         for (y, x), logits in zip(places, self._batches(image, places, crop), strict=True):
@@ -159,7 +161,7 @@ class SlidingCascadeSegmentor(SlidingSegmentor, CascadeEncoderDecoder):
     """mmseg's ``CascadeEncoderDecoder`` (OCRNet, for example), tested as ``SlidingSegmentor`` is."""
 
 
-def last_head(model: EncoderDecoder) -> nn.Module:
+def last_head(model: EncoderDecoder) -> Any:
     """The decode head whose logits are the result, in a cascade the last one."""
     return model.decode_head[-1] if isinstance(model.decode_head, nn.ModuleList) else model.decode_head
 
@@ -180,7 +182,7 @@ def _starts(length: int, crop: int, stride: int) -> list[int]:
 
 
 def _resized(
-    strips: Iterator[Tensor], size: tuple[int, int], out: tuple[int, int], align_corners: bool
+    strips: Iterator[Tensor], size: tuple[int, ...], out: tuple[int, ...], align_corners: bool
 ) -> Iterator[Tensor]:
     """Resize a map of ``size``, given as strips ``[C, n, w]``, bilinearly to strips of a map of ``out``.
 

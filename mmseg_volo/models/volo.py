@@ -7,6 +7,7 @@ checkpoints load without a converter. Shape letters: ``ops/README.md``; here h a
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from .pretrained import PretrainedFormat, load_pretrained, pretrained_checkpoint
 
 # Architecture settings; embed_dims and num_heads are (stage 1, stages 2 to 4). d1 to d5 follow the authors' repository,
 # sail-sg/volo; tiny is ours.
-ARCHITECTURES = {
+ARCHITECTURES: dict[str, dict[str, Any]] = {
     'tiny': dict(layers=(2, 2, 2, 1), embed_dims=(64, 128), num_heads=(2, 4), mlp_ratio=3, stem_channels=24),
     'd1': dict(layers=(4, 4, 8, 2), embed_dims=(192, 384), num_heads=(6, 12), mlp_ratio=3, stem_channels=64),
     'd2': dict(layers=(6, 4, 10, 4), embed_dims=(256, 512), num_heads=(8, 16), mlp_ratio=3, stem_channels=64),
@@ -127,7 +128,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, in_channels: int, hidden: int, dim: int):
         super().__init__()
-        layers = []
+        layers: list[nn.Module] = []
         for channels, kernel, stride in ((in_channels, 7, 2), (hidden, 3, 1), (hidden, 3, 1)):
             layers += [nn.Conv2d(channels, hidden, kernel, stride, kernel // 2, bias=False)]
             layers += [nn.BatchNorm2d(hidden), nn.ReLU(inplace=True)]
@@ -138,10 +139,11 @@ class PatchEmbed(nn.Module):
         """Map images ``[B, in_channels, H, W]`` to tokens ``[B, H / 8, W / 8, C]``."""
         # With channels_last the blocks get contiguous [B, h, w, C], which LayerNorm need not copy.
         x = x.contiguous(memory_format=torch.channels_last)
-        if torch.is_grad_enabled() or any(norm.training for norm in self.conv[1::3]):
+        layers: list[Any] = list(self.conv)
+        if torch.is_grad_enabled() or any(norm.training for norm in layers[1::3]):
             x = self.conv(x)
         else:  # inference: fold each BatchNorm into the convolution before it
-            for conv, norm in zip(self.conv[::3], self.conv[1::3], strict=True):
+            for conv, norm in zip(layers[::3], layers[1::3], strict=True):
                 weight, bias = fuse_conv_bn_weights(
                     conv.weight, None, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
                 )
@@ -279,7 +281,7 @@ class VOLO(BaseModule):
                 pos_embed = self._pos_embed_for(x.shape[1], x.shape[2])
                 x = self.pos_drop(x + (pos_embed if self.residual_in_fp32 else pos_embed.to(x.dtype)))
                 continue
-            for block in module:
+            for block in module.children():
                 x = self._maybe_checkpointed(block, x)
             stage = max(i - 1, 0)
             if stage in self.out_indices:
@@ -357,7 +359,7 @@ def _is_unbuilt(key: str, last_stage: int) -> bool:
     if last_stage == 0 and key == 'pos_embed':
         return True
     place = re.match(r'network\.(\d+)\.', key)
-    return bool(place) and (last_stage + 1 if last_stage else 0) < int(place[1]) <= 4  # every VOLO ends at 4
+    return place is not None and (last_stage + 1 if last_stage else 0) < int(place[1]) <= 4  # every VOLO ends at 4
 
 
 def _recognise(state: Mapping[str, Tensor]) -> str | None:
@@ -412,7 +414,7 @@ class _RunningStatisticsKept(AbstractContextManager):
     """Context that keeps running statistics unchanged while a checkpointed module runs a second time."""
 
     def __init__(self, module: nn.Module):
-        self.norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
+        self.norms: list[Any] = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
 
     def __enter__(self) -> None:
         self.before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in self.norms]
