@@ -42,7 +42,7 @@ class SlidingSegmentor(EncoderDecoder):
         if weighting not in ('uniform', 'hann'):
             raise UserError(f"test_cfg.weighting must be 'uniform' or 'hann', got {weighting!r}")
         if self.test_cfg.get('mode') == 'slide':
-            crop, stride = self.test_cfg.get('crop_size'), self.test_cfg.get('stride')
+            crop, stride = (self.test_cfg.get(key, ()) for key in ('crop_size', 'stride'))
             sizes = are_positive(crop, 2) and are_positive(stride, 2)
             if not sizes or any(s > c for s, c in zip(stride, crop, strict=True)):
                 raise UserError(f'test_cfg.stride must be between (1, 1) and crop_size {crop!r}, got {stride!r}')
