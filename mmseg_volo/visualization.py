@@ -9,12 +9,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ._files import whole
 
-ROWS = 256  # worked on at a time: pictures may be huge
-PIXELS = 2**20  # counted at a time: np.bincount makes them int64
+ROWS = 256  # processed at a time: images may be huge
+PIXELS = 2**20  # counted at a time: np.bincount converts them to int64
 
 
 def overlay(image: np.ndarray, label: np.ndarray, palette: Sequence | np.ndarray, opacity: float = 0.55) -> Image.Image:
-    """Image ``[H, W, 3]`` uint8 RGB under the colours of ``label`` ``[H, W]``; ids without a colour stay bare."""
+    """Blend the colours of ``label`` ``[H, W]`` over an RGB image ``[H, W, 3]``; ids without a colour stay clear."""
     colours = np.asarray(palette, dtype=np.uint8)
     picture = Image.new('RGB', label.shape[::-1])
     for top in range(0, len(label), ROWS):
@@ -26,7 +26,7 @@ def overlay(image: np.ndarray, label: np.ndarray, palette: Sequence | np.ndarray
 
 
 def with_legend(picture: Image.Image, label: np.ndarray, classes: Sequence[str], palette: Sequence) -> Image.Image:
-    """The picture with a column of the classes present in ``label``, largest first, on its right."""
+    """Append a legend of the classes in ``label``, largest area first, to the right of the picture."""
     pixels = label.ravel()
     counts = np.zeros(len(classes), np.int64)
     for first in range(0, pixels.size, PIXELS):
@@ -35,7 +35,7 @@ def with_legend(picture: Image.Image, label: np.ndarray, classes: Sequence[str],
     size = int(np.clip(picture.height / 24, 11, 40))
     font = ImageFont.load_default(size)
     row = int(size * 1.5)
-    height = max(picture.height, row)  # room for one name at least; a low picture gets several columns
+    height = max(picture.height, row)  # room for at least one name; a low picture gets several columns
     rows = height // row
     width = int(max([font.getlength(classes[i]) for i in present], default=0)) + 3 * size
     page = Image.new('RGB', (picture.width + -(-len(present) // rows) * width, height), 'white')
@@ -49,14 +49,14 @@ def with_legend(picture: Image.Image, label: np.ndarray, classes: Sequence[str],
 
 
 def label_png(label: np.ndarray, palette: Sequence) -> Image.Image:
-    """Label map ``[H, W]`` as an indexed picture: pixel values are class ids, colours those of the palette."""
+    """Convert a label map ``[H, W]`` to an indexed picture: class ids as pixel values, with the palette's colours."""
     picture = Image.fromarray(label.astype(np.uint8, copy=False))
     picture.putpalette(np.asarray(palette, dtype=np.uint8).ravel().tolist())
     return picture
 
 
 def side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Pictures of one height in a row."""
+    """Join pictures of the same height in a row."""
     page = Image.new('RGB', (sum(p.width for p in pictures), max(p.height for p in pictures)), 'white')
     x = 0
     for picture in pictures:
@@ -68,12 +68,12 @@ def side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
 def truth_and_prediction(
     image: np.ndarray, truth: np.ndarray, prediction: np.ndarray, classes: Sequence[str], palette: Sequence
 ) -> Image.Image:
-    """Image ``[H, W, 3]`` uint8 RGB, both label maps ``[H, W]`` over it, and the legend, in a row."""
+    """Join the image ``[H, W, 3]`` (uint8 RGB), an overlay of each label map ``[H, W]`` and a legend in a row."""
     page = side_by_side([Image.fromarray(image), *(overlay(image, label, palette) for label in (truth, prediction))])
     return with_legend(page, np.concatenate([truth, prediction]), classes, palette)
 
 
 def save_whole(picture: Image.Image, path: Path) -> None:
-    """Save as PNG, whole or not at all."""
+    """Save as PNG, atomically."""
     with whole(path) as partial:
         picture.save(partial, format='PNG')

@@ -201,7 +201,7 @@ def test_a_picture_too_slim_for_the_model_is_skipped(place, tmp_path, size, caps
     Image.new('RGB', (64, 48)).save(paths[1])
     options = {'test_dataloader.dataset.pipeline.1.scale': (64, 48)}
     assert infer(CONFIG, str(place / 'random.pth'), paths, str(tmp_path / 'out'), cfg_options=options) == paths[:1]
-    assert f'slim.png is {size[0]} x {size[1]}, too small or slim for the model' in capsys.readouterr().out
+    assert f'slim.png is {size[0]} x {size[1]}, too small or too narrow for this model' in capsys.readouterr().out
     assert [path.name for path in sorted((tmp_path / 'out').rglob('*.png'))] == ['sound.png'] * 2
 
 

@@ -229,7 +229,9 @@ def test_a_picture_larger_than_opencv_allows_names_the_way_out(checkpoint, tmp_p
     for kind, data in ((b'IHDR', struct.pack('>IIBBBBB', 40000, 40000, 8, 0, 0, 0, 0)), (b'IDAT', b''), (b'IEND', b'')):
         content += struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
     (tmp_path / 'huge.png').write_bytes(content)
-    with pytest.raises(UserError, match=r'huge\.png cannot be decoded .*; set OPENCV_IO_MAX_IMAGE_PIXELS'):
+    with pytest.raises(
+        UserError, match=r'huge\.png cannot be decoded .*; set the environment variable OPENCV_IO_MAX_IMAGE_PIXELS'
+    ):
         infer(CONFIG, checkpoint, [str(tmp_path / 'huge.png')], str(tmp_path / 'out'))
 
 
@@ -262,7 +264,7 @@ def test_an_empty_folder_says_so_and_nothing_is_written(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        (dict(opacity=1.5), '--opacity must lie between 0 and 1, got 1.5'),
+        (dict(opacity=1.5), '--opacity must be between 0 and 1, got 1.5'),
         (dict(opacity=float('nan')), 'got nan'),
         (dict(tta=True, save=['prob']), '--save prob does not go with --tta'),
         (dict(save=['labels']), r'drive\.mp4 is a video, which becomes an overlay only'),
@@ -339,10 +341,10 @@ def test_of_a_video_that_breaks_off_the_beginning_is_kept(place, checkpoint, tmp
     kept = len(frames_of(tmp_path / 'out/vis/drive.mp4'))
     output = capsys.readouterr().out
     assert 2 < kept < 8
-    assert f'drive.avi breaks off after {kept} of 10 frames' in output and '1 broken off' in output
+    assert f'drive.avi ends after {kept} of 10 frames' in output and '1 incomplete' in output
 
 
-@pytest.mark.parametrize(('size', 'message'), [(0, 'no video of 96 x 64 at 12.5 Hz'), (10_000, 'is it full')])
+@pytest.mark.parametrize(('size', 'message'), [(0, 'cannot encode 96 x 64 at 12.5 Hz'), (10_000, 'is it full')])
 def test_a_full_disk_leaves_no_half_a_video(place, checkpoint, tmp_path, size, message):
     source = film(place, tmp_path / 'drive.avi', 12)
     with small_disk(size), pytest.raises(UserError, match=rf'cannot write .*drive\.mp4: .*{message}'):

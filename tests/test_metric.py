@@ -319,7 +319,7 @@ def test_an_empty_total_has_no_scores():
 
 def test_label_of_another_size_than_the_prediction(tmp_path):
     pair = made_up(tmp_path, 1)[0]
-    with pytest.raises(UserError, match=r'000.png.label is 12 x 8, but .*000.png is 11 x 8; .*check_data'):
+    with pytest.raises(UserError, match=r'000.png.label is 12 x 8, but .*000.png is 11 x 8; .*check-data'):
         measure(tmp_path, [pair._replace(prediction=pair.prediction[:, 1:])])
 
 

@@ -110,7 +110,7 @@ def test_the_curves_of_a_real_run_become_one_picture(trained, tmp_path, capsys):
         assert picture.format == 'PNG' and min(picture.size) > 1000
         assert len(set(picture.convert('L').reduce(8).tobytes())) > 10
     assert [path.name for path in (tmp_path / 'sub').iterdir()] == ['curves.png']
-    assert f'loss, lr, mIoU of {trained}' in capsys.readouterr().out
+    assert f'loss, lr, mIoU for {trained}' in capsys.readouterr().out
 
 
 def test_runs_are_named_by_their_work_dirs_and_may_lack_a_curve(tmp_path, drawn):
@@ -157,7 +157,7 @@ def test_folders_and_names_that_cannot_be_plotted(tmp_path):
     out = str(tmp_path / 'plot.png')
     for arguments, message in (
         (([str(tmp_path / 'nowhere')], out), r'no folder .*nowhere'),
-        (([str(work_dir), str(tmp_path / 'empty')], out), r'empty has no scalars'),
+        (([str(work_dir), str(tmp_path / 'empty')], out), r'empty has no logged values'),
         (([str(tmp_path / 'broken')], out), r'scalars\.json is damaged \('),
         (([str(work_dir)], str(tmp_path / 'plot.pdf')), r'--out must be a \.png file, got .*plot\.pdf'),
         (([str(work_dir)], str(broken / 'plot.png')), 'cannot write to'),

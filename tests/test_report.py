@@ -158,7 +158,7 @@ def test_a_run_cannot_be_told_apart_from_itself(place, measured, capfd):
     run(place, 'again', compare=str(measured / 'metrics.json'))
     printed = capfd.readouterr()
     table = [line for line in (printed.out + printed.err).splitlines() if line.startswith('| mIoU ')]
-    assert len(table) == 1 and '0.00 to 0.00 | cannot be told apart' in table[0]
+    assert len(table) == 1 and '0.00 to 0.00 | not significant' in table[0]
     html = (place / 'again/report.html').read_text()
     assert 'Compared with volo_tiny_toy_streets' in html and str(measured / 'metrics.json') in html
 
@@ -198,7 +198,7 @@ def test_small_differences_show_when_they_are_the_same_way_in_all_images(tmp_pat
         '100.00',
         '100.00',
         '0.00',
-        'cannot be told apart',
+        'not significant',
     )
     gain = here['record']['classes'][0]['IoU'] - other.record['classes'][0]['IoU']
     assert rows['sky'][2] == f'{gain:.2f}'
@@ -221,7 +221,7 @@ def test_small_differences_show_when_they_are_the_same_way_in_all_images(tmp_pat
 def test_comparing_with_what_is_no_result(spoil, message, tmp_path):
     write_results(**write_made_up(tmp_path / 'there', 0.3), other=None)
     spoil(tmp_path / 'there')
-    with pytest.raises(UserError, match=f'--compare .*metrics.json .*{message}.*measure that run again'):
+    with pytest.raises(UserError, match=f'--compare .*metrics.json .*{message}.*test that checkpoint again'):
         read_run(str(tmp_path / 'there/metrics.json'), CamVidDataset.METAINFO['classes'], 'same')
 
 
@@ -230,9 +230,9 @@ def test_comparing_with_other_classes_or_images(tmp_path):
     path = str(tmp_path / 'there/metrics.json')
     with pytest.raises(UserError, match='has 11 classes, this run 2: only one has bicyclist, '):
         read_run(path, ['sky', 'building'], 'same')
-    with pytest.raises(UserError, match='in another order'):
+    with pytest.raises(UserError, match='their order differs'):
         read_run(path, CamVidDataset.METAINFO['classes'][::-1], 'same')
-    with pytest.raises(UserError, match='measured on other images'):
+    with pytest.raises(UserError, match='tested on other images'):
         read_run(path, CamVidDataset.METAINFO['classes'], 'others')
 
 

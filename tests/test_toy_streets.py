@@ -130,9 +130,9 @@ def test_mmseg_reads_it_as_cityscapes(streets, split, count):
 @pytest.mark.parametrize(
     ('changed', 'named'),
     [
-        (dict(train=0), 'train must lie between 1 and 1000000, got 0'),
-        (dict(train=10**12), 'train must lie between 1 and 1000000, got 1000000000000'),
-        (dict(val=-2), 'val must lie between 1 and 1000000, got -2'),
+        (dict(train=0), 'train must be between 1 and 1000000, got 0'),
+        (dict(train=10**12), 'train must be between 1 and 1000000, got 1000000000000'),
+        (dict(val=-2), 'val must be between 1 and 1000000, got -2'),
         (dict(seed=-1), 'seed must be at least 0, got -1'),
         (dict(size=(256, 16)), r'\(256, 16\)'),
         (dict(size=(100000, 128)), r'\(100000, 128\)'),
@@ -223,7 +223,7 @@ def test_the_tool_refuses_a_folder_of_something_else_and_leaves_it(tmp_path):
     (tmp_path / 'photos' / 'cat.jpg').write_bytes(b'meow')
     refused = run_tool(tmp_path / 'photos')
     assert refused.returncode == 2
-    assert 'photos exists' in refused.stderr and 'Traceback' not in refused.stderr
+    assert 'photos already exists' in refused.stderr and 'Traceback' not in refused.stderr
     assert sum(line.startswith('error:') for line in refused.stderr.splitlines()) == 1
     assert contents(tmp_path) == {'photos/cat.jpg': b'meow'}
 

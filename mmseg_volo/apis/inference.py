@@ -1,4 +1,4 @@
-"""Pictures and videos in, labels out, one call."""
+"""Inference: segment images and videos."""
 
 import glob
 import os
@@ -30,14 +30,14 @@ from ..visualization import label_png, overlay, save_whole, with_legend
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
 VIDEO_SUFFIXES = ('.mp4', '.m4v', '.mov', '.avi', '.mkv', '.webm')
-RESULTS = {'labels': 'pred', 'overlay': 'vis', 'prob': 'prob'}  # what can be saved, and its folder
-ROWS = 256  # of probabilities, made at a time
-SMALL, SLIM = 32, 16  # a side in pixels, and sides to one, from which on the coarsest level of a neck may be empty
-MISCOUNTED = 0.01  # of a video's frames: some containers estimate their number
+RESULTS = {'labels': 'pred', 'overlay': 'vis', 'prob': 'prob'}  # kinds of results and their folders
+ROWS = 256  # of probabilities, computed at a time
+SMALL, SLIM = 32, 16  # shortest side in pixels and aspect ratio at which the neck's coarsest level may be empty
+MISCOUNTED = 0.01  # share of a video's frames: some containers only estimate their number
 
 
 class _Undecodable(UserError):
-    """A file that cannot be decoded, or segmented, which keeps nobody from the others."""
+    """A file that cannot be decoded or segmented; it is skipped, and the other files continue."""
 
 
 def infer(
@@ -52,25 +52,25 @@ def infer(
     amp: bool = False,
     cfg_options: dict | None = None,
 ) -> list[str]:
-    """Segment pictures and videos, a video into an overlay alone.
+    """Segment images and videos. A video gives an overlay only.
 
     Args:
         images: files, folders with their subfolders, and glob patterns.
-        device: ``'auto'`` takes a GPU if there is one.
-        save: ``'labels'``, indexed pictures, go to ``out_dir/pred``; ``'overlay'``, with a legend, to ``out_dir/vis``;
-            ``'prob'``, float16 ``[classes, H, W]`` in NumPy's format, to ``out_dir/prob``.
-        opacity: of the colours in an overlay, from 0 to 1.
+        device: ``'auto'`` uses a GPU if one is available.
+        save: ``'labels'`` writes indexed PNG files to ``out_dir/pred``, ``'overlay'`` writes overlays with a legend to
+            ``out_dir/vis``, ``'prob'`` writes float16 ``[classes, H, W]`` as ``.npy`` files to ``out_dir/prob``.
+        opacity: opacity of the overlay, from 0 to 1.
         tta: average over the scales and flips of the config's ``tta_pipeline``.
         amp: mixed precision: autocast to bfloat16, or to float16 on a GPU without bfloat16.
 
     Returns:
-        The files that could not be decoded, or not to their end; there was a warning for each.
+        The files that could not be decoded, or only in part; each was reported by a warning.
 
     Raises:
-        UserError: nothing to do, the only file cannot be decoded, or config, checkpoint or device cannot work.
+        UserError: no input, the only file cannot be decoded, or config, checkpoint or device is unusable.
     """
     if not 0 <= opacity <= 1:
-        raise UserError(f'--opacity must lie between 0 and 1, got {opacity}')
+        raise UserError(f'--opacity must be between 0 and 1, got {opacity}')
     if tta and 'prob' in save:
         raise UserError("--save prob does not go with --tta: mmseg's average over scales and flips keeps labels only")
     outputs = _outputs(images, out_dir)
@@ -95,20 +95,20 @@ def infer(
             tqdm.write(f'warning: {error}; skipped')
             skipped.append(path)
         except OSError as error:
-            raise UserError(f'cannot write to {out} ({error.strerror}); what was written before is whole') from None
+            raise UserError(f'cannot write to {out} ({error.strerror}); files written before are complete') from None
     what = 'images and videos' if videos else 'images'
     print(
         f'{len(outputs) - len(skipped)} of {len(outputs)} {what} segmented on {predictor.device} '
         f'in {time.perf_counter() - start:.1f} s: '
         + ', '.join(f'{kind} in {out / RESULTS[kind]}' for kind in save)
         + (f'; {len(skipped)} skipped' if skipped else '')
-        + (f'; {len(broken)} broken off' if broken else '')
+        + (f'; {len(broken)} incomplete' if broken else '')
     )
     return skipped + broken
 
 
 def _outputs(images: Sequence[str], out_dir: str) -> dict[str, str]:
-    """Each input file and the name of its outputs: its stem, with as many folders before it as tell it from others."""
+    """Input files and their output names: the stem, preceded by folders where stems repeat."""
     files: list[str] = []
     for item in images:
         if os.path.isdir(item):
@@ -128,7 +128,7 @@ def _outputs(images: Sequence[str], out_dir: str) -> dict[str, str]:
 
 
 def _matches(pattern: str, out_dir: str) -> list[str]:
-    """Files that match, without what an earlier run wrote."""
+    """Matching files, except the results of an earlier run."""
     written = [os.path.abspath(os.path.join(out_dir, folder)) for folder in RESULTS.values()]
     return [
         path
@@ -142,11 +142,11 @@ def _is_video(path: str) -> bool:
 
 
 class _Predictor:
-    """The model of a config, for one decoded image (BGR, uint8 ``[H, W, 3]``) after another."""
+    """A model for decoded images (BGR, uint8 ``[H, W, 3]``)."""
 
     def __init__(self, cfg: Config, checkpoint: str, device: str, tta: bool, amp: bool):
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # without a checkpoint mmseg guesses class names; ours follow below
+            warnings.simplefilter('ignore')  # without a checkpoint mmseg guesses the classes; they are set below
             self.model = init_model(cfg, checkpoint=None, device='cpu')
         meta = load_segmentor(self.model, checkpoint).get('dataset_meta')
         meta = meta or DATASETS.get(cfg.test_dataloader.dataset.type).METAINFO
@@ -154,9 +154,9 @@ class _Predictor:
         self.model.to(device)
         self.device, self.amp = device, amp
         self.tester = MODELS.build(dict(cfg.tta_model, module=self.model)) if tta else self.model
-        self.segments = hasattr(self.tester, 'segment')  # as ours does, without packing
+        self.segments = hasattr(self.tester, 'segment')  # SlidingSegmentor does, and needs no packing
         steps = cfg.tta_pipeline if tta else data_sets(cfg.test_dataloader.dataset)[0].pipeline
-        # Images come decoded and without labels, and a model that segments takes them without packing.
+        # Images are already decoded and have no labels.
         left_out = ('LoadImageFromFile', 'LoadAnnotations', *(['PackSegInputs'] if self.segments else []))
         self.pipeline = Compose([dict(type='LoadImageFromNDArray'), *without_steps(steps, left_out)])
 
@@ -180,7 +180,7 @@ class _Predictor:
             prob = logits.sigmoid()
             return (prob[0] > last_head(self.model).threshold).byte().numpy(), prob.half().numpy()
         prob = torch.empty(logits.shape, dtype=torch.half)
-        for to, rows in zip(prob.split(ROWS, 1), logits.split(ROWS, 1), strict=True):  # never all of it in float32
+        for to, rows in zip(prob.split(ROWS, 1), logits.split(ROWS, 1), strict=True):  # never all rows in float32
             to.copy_(rows.softmax(0))
         return logits.argmax(0).byte().numpy(), prob.numpy()
 
@@ -213,37 +213,37 @@ def _segment_image(path: str, out: Path, name: str, predictor: _Predictor, save:
 
 
 def _predicted(predict: Callable, path: str, image: np.ndarray):
-    """What ``predict`` makes of an image; one that is too small or slim for the model cannot be segmented."""
+    """``predict(image)``; raises ``_Undecodable`` if the image is too small or narrow for the model."""
     try:
         return predict(image)
     except (RuntimeError, cv2.error):
         height, width = image.shape[:2]
         if min(height, width) >= SMALL and max(height, width) < SLIM * min(height, width):
             raise
-        raise _Undecodable(f'{path} is {width} x {height}, too small or slim for the model of this config') from None
+        raise _Undecodable(f'{path} is {width} x {height}, too small or too narrow for this model') from None
 
 
 def _decode(path: str) -> np.ndarray:
-    """Image as BGR and uint8; 8 bit as mmseg's loader gives it, 16 bit scaled so that white stays white."""
+    """Image as uint8 BGR. 8-bit images equal those of mmseg's loader; 16-bit images are scaled to 8 bits."""
     problem = f'{path} cannot be decoded as an image'
     try:
         image = mmcv.imread(path, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
-    except Exception as error:  # decoders raise as many kinds as there are damaged files
+    except Exception as error:  # decoders raise various types
         if 'MAX_IMAGE_PIXELS' in str(error):
-            problem += ': it is larger than OpenCV allows; set OPENCV_IO_MAX_IMAGE_PIXELS in the environment'
+            problem += ": it exceeds OpenCV's limit; set the environment variable OPENCV_IO_MAX_IMAGE_PIXELS"
         raise _Undecodable(problem) from None
     if image is None:
         raise _Undecodable(problem)
     if image.dtype not in (np.uint8, np.uint16):
-        raise _Undecodable(f'{problem}: it holds {image.dtype}, and 8 or 16 bit are wanted')
+        raise _Undecodable(f'{problem}: it holds {image.dtype}; 8 or 16 bits are supported')
     return image if image.dtype == np.uint8 else cv2.convertScaleAbs(image, alpha=1 / 257)
 
 
 def _segment_video(path: str, out: Path, predictor: _Predictor, opacity: float) -> bool:
-    """Write the overlay of each frame; returns whether the video could be decoded to its end."""
+    """Write the overlay of each frame; returns whether the whole video could be decoded."""
     for name in (path, str(out)):
         if name.encode(errors='replace') != os.fsencode(name):  # OpenCV 5.0.0 would end the interpreter
-            raise _Undecodable(f'{name!a} is no name for a video: OpenCV needs UTF-8; rename it')
+            raise _Undecodable(f'{name!a} is not a valid name for a video: OpenCV requires UTF-8; rename it')
     video = cv2.VideoCapture(path)
     expected = max(0, round(video.get(cv2.CAP_PROP_FRAME_COUNT)))
     frames = _frames(video)
@@ -256,16 +256,16 @@ def _segment_video(path: str, out: Path, predictor: _Predictor, opacity: float) 
         rate, (width, height) = video.get(cv2.CAP_PROP_FPS), first.shape[1::-1]
         writer = cv2.VideoWriter(str(partial), cv2.VideoWriter.fourcc(*'mp4v'), rate, (width, height))
         if not writer.isOpened():
-            raise UserError(f'cannot write {out}: OpenCV makes no video of {width} x {height} at {rate} Hz there')
+            raise UserError(f'cannot write {out}: OpenCV cannot encode {width} x {height} at {rate} Hz')
         done = 0
         for frame in progress:
             writer.write(np.asarray(overlay(frame, _predicted(predictor.labels, path, frame), palette, opacity)))
             done += 1
         writer.release()
-        if cv2.VideoCapture(str(partial)).get(cv2.CAP_PROP_FRAME_COUNT) != done:  # OpenCV keeps errors to itself
-            raise UserError(f'cannot write {out}: not all frames reached the disk; is it full?')
+        if cv2.VideoCapture(str(partial)).get(cv2.CAP_PROP_FRAME_COUNT) != done:  # OpenCV does not report errors
+            raise UserError(f'cannot write {out}: some frames are missing on disk; is it full?')
     if done < expected * (1 - MISCOUNTED) - 1:
-        tqdm.write(f'warning: {path} breaks off after {done} of {expected} frames; {out} has these')
+        tqdm.write(f'warning: {path} ends after {done} of {expected} frames; {out} holds these')
         return False
     return True
 

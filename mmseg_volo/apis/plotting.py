@@ -1,4 +1,4 @@
-"""Curves of training runs, one call."""
+"""Plot the training curves of one or more runs."""
 
 import json
 import re
@@ -10,16 +10,16 @@ from .._files import whole
 from ..config import output_path
 from ..errors import UserError
 
-CURVES = dict(loss='loss', lr='learning rate', mIoU='mIoU on val, %')
+CURVES = dict(loss='loss', lr='learning rate', mIoU='validation mIoU, %')
 
 Curve = dict[int, float]  # a value per iteration
 
 
 def plot(work_dirs: Sequence[str], out: str = 'plot.png') -> None:
-    """Draw loss, learning rate and mIoU of each work dir's newest run, with what it resumed, into one picture.
+    """Plot loss, learning rate and mIoU of the newest run in each work dir, including the runs it resumed.
 
     Raises:
-        UserError: nothing has been logged in a work dir, or ``out`` cannot be written.
+        UserError: a work dir has no logged values, ``out`` is not writable, or matplotlib is missing.
     """
     require('matplotlib', 'report', 'plot')
     from matplotlib.figure import Figure
@@ -43,29 +43,29 @@ def plot(work_dirs: Sequence[str], out: str = 'plot.png') -> None:
     figure.axes[0].legend()
     with whole(picture) as partial:
         figure.savefig(partial, format='png', dpi=150)
-    print(f'{out}: {", ".join(drawn)} of {", ".join(work_dirs)}')
+    print(f'{out}: {", ".join(drawn)} for {", ".join(work_dirs)}')
 
 
 def _curves(work_dir: Path) -> dict[str, Curve]:
-    """The newest run's curves; before its first iteration, those of the runs it resumed."""
+    """Curves of the newest run; before its first iteration, those of the runs it resumed."""
     if not work_dir.is_dir():
-        raise UserError(f'no folder {work_dir}; a work dir of tools/train.py is wanted')
+        raise UserError(f'no folder {work_dir}; expected the work dir of a training run')
     curves: dict[str, Curve] = {key: {} for key in CURVES}
-    for path in sorted(work_dir.glob('*/vis_data/scalars.json')):  # named by the time of their start
+    for path in sorted(work_dir.glob('*/vis_data/scalars.json')):  # named by start time
         records = _records(path)
         for key, earlier in curves.items():
             run = {record['step']: record[key] for record in records if key in record}
             start = min(run, default=float('inf')) if _resumed(path) else 0
             curves[key] = {step: value for step, value in earlier.items() if step < start} | run
     if not any(curves.values()):
-        raise UserError(f'{work_dir} has no scalars: nothing in {work_dir}/*/vis_data/scalars.json yet')
+        raise UserError(f'{work_dir} has no logged values yet: {work_dir}/*/vis_data/scalars.json is missing or empty')
     return curves
 
 
 def _records(path: Path) -> list[dict]:
     try:
         lines = path.read_text().splitlines(keepends=True)
-        if lines and not lines[-1].endswith('\n'):  # being written
+        if lines and not lines[-1].endswith('\n'):  # still being written
             del lines[-1]
         records = [json.loads(line) for line in lines]
         for record in records:
@@ -77,12 +77,12 @@ def _records(path: Path) -> list[dict]:
 
 
 def _resumed(scalars: Path) -> bool:
-    """Whether the run's config says so; searched, because loading a config would run it."""
+    """Whether the run's config resumes. Its text is searched, because loading a config would execute it."""
     config = scalars.with_name('config.py')
     return config.is_file() and bool(re.search(r'^resume = True$', config.read_text(), re.MULTILINE))
 
 
 def _names(work_dirs: Sequence[str]) -> list[str]:
-    """The folders' own names, or whole paths where these are equal."""
+    """Folder names, or full paths if names repeat."""
     names = [Path(work_dir).resolve().name for work_dir in work_dirs]
     return names if len(set(names)) == len(names) else list(work_dirs)

@@ -1,1 +1,1 @@
-"""Speed and memory on this machine."""
+"""Benchmarks of speed and memory."""

@@ -1,4 +1,4 @@
-"""Ours against timm and against the authors' mathematics: same weights, one process, turn by turn, parity first."""
+"""Speed and memory of our VOLO, timm's and the authors' form, with equal weights. Parity is checked first."""
 
 import json
 import statistics
@@ -24,13 +24,13 @@ from .segmentor import autocast, segmentor_speed
 from .timing import environment, paired_times
 
 HEAD_WIDTH = 32
-# Cells of the table: arch, image side, rounds. The authors' D4 at 1024 takes a minute a pass on two cores.
+# Rounds per architecture and image side. The authors' D4 at 1024 takes a minute per pass on two cores.
 FORWARD = {'d1@512': 5, 'd1@1024': 1, 'd4@512': 1, 'd4@1024': 1}
 TRAIN = {'d1@512': 3, 'd1@1024': 1, 'd4@512': 1}
 ROUNDS_ON_GPU = 7
-# A train step of the authors' mathematics at 1024 wants more memory than a small machine has.
+# A training step of the authors' form at 1024 needs more memory than small machines have.
 TOO_LARGE_FOR_A_CPU = {'train step d1@1024': ['authors']}
-OPERATOR = {'d1@512': (1, 64, 64, 6), 'd4@1024': (1, 128, 128, 12)}  # B, H, W, N of a layer
+OPERATOR = {'d1@512': (1, 64, 64, 6), 'd4@1024': (1, 128, 128, 12)}  # B, H, W and heads N of a layer
 ACTIVATIONS = ['d1@512', 'd4@512']
 INFERENCE_PEAK = 'd1@1024'
 PARITY = ['d1', 'd4'], (96, 128)
@@ -97,7 +97,7 @@ class _Bench:
         self.dtype_name = 'bfloat16 autocast' if device == 'cuda' else 'float32'
 
     def find_floors(self) -> None:
-        """Bytes and multiply-adds per second that this device reaches at best: a large copy, a large matrix product."""
+        """Measure this device's peak rates: bytes/s of a large copy and multiply-adds/s of a large matrix product."""
         side = 8192 if self.device == 'cuda' else 2048
         a, b = (torch.randn(side, side, device=self.device, dtype=self.dtype) for _ in range(2))
         source = torch.empty(2**28, dtype=torch.uint8, device=self.device)
@@ -109,7 +109,7 @@ class _Bench:
         print(f'floors: {self.bandwidth / 1e9:.0f} GB/s copied, {self.matmul_rate / 1e9:.0f} GMAC/s ({self.dtype})')
 
     def operator_floor(self, shape: tuple, backward: bool) -> float:
-        """Seconds to read and write every tensor once: logits, value, out; then also grad and both gradients."""
+        """Seconds to read and write each tensor once: logits, value and output; in the backward pass also gradients."""
         B, H, W, N = shape
         value = B * H * W * N * HEAD_WIDTH
         logits = B * ((H + 1) // 2) * ((W + 1) // 2) * N * 81
@@ -117,14 +117,14 @@ class _Bench:
         return elements * self.dtype.itemsize / self.bandwidth
 
     def model_floor(self, cell: str, passes: int) -> float:
-        """Seconds for the multiply-adds of the backbone alone; a train step has three times those of a forward pass."""
+        """Seconds for the backbone's multiply-adds; a training step has three times those of a forward pass."""
         arch, side = cell.split('@')
         with torch.device('meta'), FlopCounterMode(display=False) as counter, torch.no_grad():
             VOLO(arch, img_size=int(side)).eval()(torch.empty(1, 3, int(side), int(side)))
         return passes * counter.get_total_flops() / 2 / self.matmul_rate
 
     def parity(self) -> list[dict]:
-        """Ours and timm in the measured precision, both against timm in float64: values and every gradient."""
+        """Errors of ours and timm in the measured precision against timm in float64: values and all gradients."""
         rows = []
         archs, size = PARITY
         for shape in ((2, 13, 20, 6), *OPERATOR.values()):
@@ -191,7 +191,7 @@ class _Bench:
         return rows
 
     def memory(self) -> list[dict]:
-        """What a training forward pass keeps for the backward pass, and the peak of inference."""
+        """Memory of activations in training, and peak memory of inference."""
         rows = []
         for cell in ACTIVATIONS:
             models, x = self.cell(cell, others=False)
@@ -217,7 +217,7 @@ class _Bench:
         return models, torch.randn(1, 3, int(side), int(side), device=self.device)
 
     def models(self, arch: str, size: tuple[int, int], others: bool = False) -> dict[str, nn.Module]:
-        """Contenders with equal weights, built for this size, as timm demands."""
+        """Contenders with equal weights, built for this size, as timm requires."""
         torch.manual_seed(0)
         ours = VOLO(arch, img_size=size)
 
@@ -244,7 +244,7 @@ class _Bench:
             return model(x)
 
     def kept_bytes(self, model: nn.Module, x: Tensor) -> int:
-        """Of the tensors that a forward pass in training leaves behind, apart from weights and input."""
+        """Bytes of the activations that a training forward pass keeps for the backward pass."""
         with LiveMemory() as memory:
             outputs = self.run(model.train(), x)
             kept = memory.live()
@@ -271,7 +271,7 @@ class _Bench:
 
 
 def _operator_run(function: Callable, shape: tuple, dtype: torch.dtype, device: str) -> tuple[Callable, Callable]:
-    """Forward without gradients, and forward + backward."""
+    """Two calls: forward without gradients, and forward + backward."""
     logits, value, cotangent, geometry = _operator_inputs(shape, dtype, device)
 
     def forward():
@@ -305,7 +305,7 @@ def _operator_results(function: Callable, shape: tuple, dtype: torch.dtype, devi
 
 
 def _model_results(model: nn.Module, bench: _Bench, x: Tensor) -> dict[str, Tensor]:
-    """Maps of the four stages, normalised as ours are, and the gradient of every parameter that timm has, too."""
+    """Feature maps of the four stages, normalised as ours, and the gradients of all parameters that timm shares."""
     model.eval()
     outputs = model(x) if x.dtype == torch.float64 else bench.run(model, x)
     if not isinstance(model, VOLO):
@@ -324,7 +324,7 @@ def _error(found: Tensor, exact: Tensor) -> float:
 
 
 def _parity_row(what: str, ours: Tensor, plain: Tensor, exact: Tensor) -> dict:
-    """A faster form may err at most twice what plain PyTorch errs, or the floor of its dtype."""
+    """Parity allows at most twice the error of plain PyTorch, or the tolerance of the dtype."""
     floor = 4e-3 if ours.dtype == torch.bfloat16 else 1e-6
     errors = _error(ours, exact), _error(plain, exact)
     return dict(what=what, ours=f'{errors[0]:.1e}', timm=f'{errors[1]:.1e}', met=errors[0] <= max(2 * errors[1], floor))

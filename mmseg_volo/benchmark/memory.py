@@ -1,4 +1,4 @@
-"""Memory that a call needs."""
+"""Memory of a call."""
 
 import ctypes
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from .timing import _lines
 
 
 def peak_bytes(run: Callable[[], object], device: str) -> int:
-    """What ``run`` needs at most beyond what is there before; on a CPU with the scratch memory of torch's libraries."""
+    """Peak memory that ``run`` adds; on a CPU this includes the scratch memory of torch's libraries."""
     if device == 'cuda':
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -29,7 +29,7 @@ def peak_bytes(run: Callable[[], object], device: str) -> int:
 
 
 class LiveMemory(TorchDispatchMode):
-    """Bytes of the tensors made inside and still alive."""
+    """Track tensors created inside the context."""
 
     def __init__(self):
         super().__init__()
@@ -45,6 +45,7 @@ class LiveMemory(TorchDispatchMode):
         return result
 
     def live(self) -> int:
+        """Bytes of the tensors that are still alive."""
         self.storages = {key: entry for key, entry in self.storages.items() if not entry[0].expired()}
         return sum(size for _, size in self.storages.values())
 

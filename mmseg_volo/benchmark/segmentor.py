@@ -1,4 +1,4 @@
-"""A whole segmentor on random images, as the benchmark and the profile need it."""
+"""Segmentors with random weights and images, for the benchmarks."""
 
 import statistics
 import time
@@ -17,7 +17,7 @@ from ..config import load_config
 
 
 def build_segmentor(config: str, device: str, cfg_options: dict | None = None) -> tuple[Config, nn.Module]:
-    """Config and its model in training mode, with random weights."""
+    """Config and its model with random weights, in training mode."""
     cfg = load_config(config, cfg_options or {})
     init_default_scope('mmseg')
     cfg.model.backbone.pop('init_cfg', None)
@@ -25,7 +25,7 @@ def build_segmentor(config: str, device: str, cfg_options: dict | None = None) -
 
 
 def random_batch(cfg: Config, model: nn.Module, batch: int, device: str) -> tuple[Tensor, list[SegDataSample]]:
-    """Images ``[batch, 3, H, W]`` of the config's crop size, and labels."""
+    """Random images ``[batch, 3, H, W]`` in the config's crop size, and their labels."""
     height, width = cfg.crop_size
     labels = torch.randint(model.num_classes, (batch, 1, height, width), device=device)
     samples = [SegDataSample(gt_sem_seg=PixelData(data=one)) for one in labels]
@@ -33,14 +33,14 @@ def random_batch(cfg: Config, model: nn.Module, batch: int, device: str) -> tupl
 
 
 def autocast(device: str) -> AbstractContextManager:
-    """bfloat16 on a GPU, float32 on a CPU."""
+    """bfloat16 autocast on a GPU, float32 on a CPU."""
     return torch.autocast('cuda', torch.bfloat16) if device == 'cuda' else nullcontext()
 
 
 def segmentor_speed(config: str, device: str, rounds: int = 5) -> dict:
-    """Step time, images per second, peak memory, largest batch that fits, and hours of the recipe on 8 such devices.
+    """Measure step time and images per second; on a GPU also peak memory and the largest batch that fits.
 
-    The hours are arithmetic: images of the recipe over images per second, nothing lost between devices.
+    The hours on 8 devices are computed from images per second, without communication.
     """
     cfg, model = build_segmentor(config, device)
     optimizer = torch.optim.AdamW(model.parameters())

@@ -1,4 +1,4 @@
-"""Time and memory of the sliding window, against mmseg's and over growing images."""
+"""Time and memory of sliding-window inference, compared with mmseg and over growing images."""
 
 import copy
 import statistics
@@ -30,10 +30,10 @@ def benchmark_sliding(
     device: str = 'auto',
     cfg_options: dict | None = None,
 ) -> dict[str, list[dict]]:
-    """Print, and return, both tables for the config's model with random weights.
+    """Compare sliding-window inference with mmseg's, and measure it on growing images; print and return both tables.
 
     Raises:
-        UserError: no such device or sizes, the config's segmentor is not ours, or its logits differ from mmseg's.
+        UserError: device or sizes are unusable, or the model is no ``SlidingSegmentor`` or differs from mmseg's.
     """
     if min(sizes) < 1:
         raise UserError(f'--sizes must be at least 1, got {min(sizes)}')
@@ -41,17 +41,17 @@ def benchmark_sliding(
     torch.manual_seed(0)
     cfg, _ = build_segmentor(config, 'cpu', cfg_options)
     if cfg.model.type is not SlidingSegmentor:
-        raise UserError(f'{config} has {cfg.model.type} as model.type; SlidingSegmentor is what this measures')
+        raise UserError(f'model.type must be SlidingSegmentor, but {config} has {cfg.model.type}')
     cfg.model.test_cfg = dict(mode='slide', crop_size=(crop, crop), stride=(stride, stride))
     ours = MODELS.build(cfg.model).to(device).eval()
     theirs = MODELS.build(dict(copy.deepcopy(cfg.model), type='EncoderDecoder')).to(device).eval()
     theirs.load_state_dict(ours.state_dict())
     print('\n'.join(f'{key}: {value}' for key, value in environment(device).items()))
-    print(f'{config}, {ours.out_channels} classes, windows of {crop} every {stride} pixels')
+    print(f'{config}, {ours.out_channels} classes, {crop} x {crop} windows with a stride of {stride}')
     against = [_against_mmseg(ours, theirs, device)]
-    _print(against, 'labels of one image, against mmseg')
+    _print(against, 'one image, compared with mmseg')
     growing = [_growing(ours, size, device) for size in sizes]
-    _print(growing, 'labels of growing images; memory beyond image and labels')
+    _print(growing, 'growing images; memory without image and labels')
     return dict(against=against, growing=growing)
 
 
@@ -67,7 +67,7 @@ def _against_mmseg(ours: nn.Module, theirs: nn.Module, device: str) -> dict:
         exact = theirs.test_step(dict(inputs=[image], data_samples=[sample.clone()]))[0].seg_logits.data
         error = (ours.segment(image, AGAINST_MMSEG, logits=True).to(exact) - exact).abs().max().item()
     if not error <= TOLERANCE:
-        raise UserError(f"logits differ from mmseg's by {error:.1e}, more than {TOLERANCE}: nothing is timed")
+        raise UserError(f"logits differ from mmseg's by {error:.1e}, more than {TOLERANCE}, so nothing is timed")
     runs = dict(ours=lambda: run(ours), mmseg=lambda: run(theirs))
     times = paired_times(runs, 3, device)
     ratios = [slow / fast for slow, fast in zip(times['mmseg'], times['ours'], strict=True)]
@@ -99,7 +99,7 @@ def _growing(model: nn.Module, size: int, device: str) -> dict:
         's per megapixel': round(seconds[0] / size**2 * 1e6, 2),
         'MiB': peak >> 20,
         'MiB per 1000 columns': round((peak >> 20) / size * 1e3, 1),
-        'logits would be, MiB': model.out_channels * size**2 * 4 >> 20,
+        'full logits, MiB': model.out_channels * size**2 * 4 >> 20,
     }
 
 

@@ -1,4 +1,4 @@
-"""Where a train step's time and memory go: backbone, neck, heads, losses, optimizer and the data pipeline."""
+"""Profile of a training step: backbone, neck, heads, losses, optimizer and data pipeline."""
 
 import tempfile
 import time
@@ -21,20 +21,20 @@ from .timing import environment
 def profile_step(
     config: str, device: str = 'auto', batch: int | None = None, images: int = 20, cfg_options: dict | None = None
 ) -> list[dict]:
-    """Print time and kept memory of each part of a train step, and what the data pipeline gives per worker.
+    """Print time and activation memory for each part of a training step, and the data pipeline's images/s per worker.
 
-    Random weights and images; a GPU runs bfloat16 under autocast, a CPU float32. Each part runs forward and backward by
-    itself, after one unmeasured run.
+    Weights and images are random. A GPU uses bfloat16 autocast, a CPU float32. Each part runs forward and backward
+    separately, after a warm-up run.
 
     Args:
-        batch: images per step; the config's by default.
-        images: how many images go through the data pipeline.
+        batch: images per step (default: the config's).
+        images: number of images for the data pipeline.
 
     Returns:
-        Rows of the table, without the data pipeline.
+        Rows of the first table, one per part.
 
     Raises:
-        UserError: no such device, nothing to measure, or the config has no crop_size.
+        UserError: the device is not available, a number is below 1, or the model has a cascade of heads.
     """
     for option, value in dict(batch=batch, images=images).items():
         if value is not None and value < 1:
@@ -68,12 +68,12 @@ def profile_step(
     optimizer = torch.optim.AdamW(model.parameters())
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # makes its state
+    optimizer.step()  # creates its state
     parts.add('optimizer step (AdamW)', _timed(optimizer.step, device), 0.0, 0)
 
     total = sum(row['forward'] + row['backward'] for row in parts.rows)
-    table = PrettyTable(['part', 'forward, s', 'backward, s', 'share', 'kept for backward, MiB'], align='l')
-    table.title = f'train step of {Path(config).stem}, {batch} x {height} x {width}'
+    table = PrettyTable(['part', 'forward, s', 'backward, s', 'share', 'activations, MiB'], align='l')
+    table.title = f'training step of {Path(config).stem}, {batch} x {height} x {width}'
     for row in parts.rows:
         share = (row['forward'] + row['backward']) / total
         table.add_row(
@@ -85,7 +85,8 @@ def profile_step(
                 f'{row["kept"] / 2**20:.0f}',
             ]
         )
-    table.add_row(['all', f'{total:.3g} in all', '', '100%', f'{sum(row["kept"] for row in parts.rows) / 2**20:.0f}'])
+    kept = sum(row['kept'] for row in parts.rows)
+    table.add_row(['total', f'{total:.3g} (both)', '', '100%', f'{kept / 2**20:.0f}'])
     print(table, flush=True)
     _pipeline(cfg, images, batch / total)
     return parts.rows
@@ -96,7 +97,7 @@ class _Parts:
         self.device, self.rows = device, []
 
     def measure(self, part: str, run, inputs, module: nn.Module):
-        """Run forward and backward twice, note the second, and return the outputs detached."""
+        """Run forward and backward twice, record the second run, and return the detached outputs."""
         for _ in range(2):
             module.zero_grad(set_to_none=True)
             leaves = _detached(inputs)
@@ -147,14 +148,14 @@ def _detached(tensors):
 
 
 def _pipeline(cfg, images: int, images_per_second: float) -> None:
-    """Time of each transform on an image of the data set's size, in one process."""
+    """Print the time of each transform for an image of the data set's size, in one process."""
     scale = next(step['scale'] for step in cfg.train_pipeline if 'scale' in step)
     steps = [(step['type'], TRANSFORMS.build(step)) for step in cfg.train_pipeline]
     seconds = dict.fromkeys([name for name, _ in steps], 0.0)
     with tempfile.TemporaryDirectory() as folder:
         image, labels = str(Path(folder, 'image.png')), str(Path(folder, 'labels.png'))
         generator = np.random.default_rng(0)
-        # Smooth and noisy, so that it decodes about as fast as a photograph.
+        # Smooth with noise, so that it decodes about as fast as a photograph.
         picture = cv2.resize(generator.integers(0, 256, (64, 128, 3), np.uint8), scale, interpolation=cv2.INTER_CUBIC)
         noise = generator.integers(0, 12, picture.shape, np.uint8)
         cv2.imwrite(image, cv2.add(picture, noise))
@@ -173,5 +174,5 @@ def _pipeline(cfg, images: int, images_per_second: float) -> None:
         table.add_row([name, f'{spent / images * 1e3:.1f}', f'{spent / total:.0%}'])
     rate = images / total
     print(table)
-    print(f'{rate:.1f} images/s per worker; this device takes {images_per_second:.2f} images/s: ', end='')
-    print(f'{max(1, -(-images_per_second // rate)):.0f} workers keep it fed')
+    print(f'{rate:.1f} images/s per worker; the training step needs {images_per_second:.2f} images/s: ', end='')
+    print(f'{max(1, -(-images_per_second // rate)):.0f} workers suffice')

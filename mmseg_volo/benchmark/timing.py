@@ -1,4 +1,4 @@
-"""Times of contenders, and the machine they were taken on."""
+"""Timing of contenders, and a description of the machine."""
 
 import os
 import platform
@@ -13,7 +13,7 @@ from .._version import __version__
 
 
 def environment(device: str) -> dict:
-    """What the numbers depend on."""
+    """Hardware and versions that the results depend on."""
     processor = next(
         (line.split(':')[1].strip() for line in _lines('/proc/cpuinfo') if line.startswith('model name')),
         platform.processor() or platform.machine(),
@@ -28,7 +28,7 @@ def environment(device: str) -> dict:
 
 
 def paired_times(contenders: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each contender in each round; they take turns, after one unmeasured round where there are several."""
+    """Seconds per contender and round. Contenders alternate; a warm-up round precedes two or more rounds."""
     times = {name: [] for name in contenders}
     warm_up = int(rounds > 1)
     for number in range(rounds + warm_up):

@@ -1,4 +1,4 @@
-"""Data sets that mmseg does not have."""
+"""Data sets that mmseg lacks, and checks of any data set."""
 
 from .camvid import CamVidDataset
 

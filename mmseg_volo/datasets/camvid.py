@@ -1,4 +1,4 @@
-"""CamVid, the 11-class version."""
+"""CamVid with 11 classes."""
 
 from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS

@@ -1,4 +1,4 @@
-"""Toy streets: procedural street scenes in Cityscapes' layout and ids, for a demo that downloads nothing."""
+"""Toy streets: procedural street scenes with Cityscapes' layout and ids, for a demo without downloads."""
 
 import json
 import math
@@ -14,20 +14,20 @@ from tqdm import tqdm
 
 from ..errors import UserError
 
-GENERATOR_VERSION = 1  # goes up whenever the same seed gives other pixels
+GENERATOR_VERSION = 1  # incremented whenever a seed gives different pixels
 MIN_SIDE, MAX_SIDE = 32, 4096
-MAX_SCENES = 10**6  # of a split: their names have six digits
+MAX_SCENES = 10**6  # per split: file names have six digits
 
-# Cityscapes' labelIds; the nine from ROAD on are evaluated.
+# Cityscapes' labelIds. The classes from ROAD on are evaluated.
 UNLABELED, EGO_VEHICLE = 0, 1
 ROAD, SIDEWALK, BUILDING, POLE, SIGN, VEGETATION, SKY, PERSON, CAR = 7, 8, 11, 17, 20, 21, 23, 24, 26
 TRAIN_IDS = {ROAD: 0, SIDEWALK: 1, BUILDING: 2, POLE: 5, SIGN: 7, VEGETATION: 8, SKY: 10, PERSON: 11, CAR: 13}
 
-# Fine and coarse texture of each class, as shares of its brightness.
+# Amplitude of fine and coarse texture per class, relative to brightness.
 _TEXTURE = {ROAD: (0.06, 0.05), SIDEWALK: (0.05, 0.05), BUILDING: (0.05, 0.05), VEGETATION: (0.17, 0.12)}
 _DEFAULT_TEXTURE = (0.03, 0.03)
 
-# Zenith, horizon, tint of the light, chance of a lit window, how dark a cast shadow is.
+# Colours of zenith and horizon, tint of the light, probability of a lit window, brightness of cast shadows.
 _WEATHER = [
     ((86, 142, 214), (190, 214, 236), (1.05, 1.00, 0.94), 0.05, 0.62),  # day
     ((168, 176, 186), (206, 210, 214), (0.90, 0.93, 0.98), 0.15, 1.0),  # overcast
@@ -55,7 +55,7 @@ def _box(left: float, bottom: float, right: float, top: float) -> np.ndarray:
 
 
 class _Street:
-    """One scene, painted far to near at twice its size; metres: X right, Y up from the ground, Z ahead."""
+    """One scene, painted from far to near at twice its size. Coordinates in metres: X right, Y up, Z ahead."""
 
     def __init__(self, rng: np.random.Generator, size: tuple[int, int]):
         self.rng = rng
@@ -77,13 +77,13 @@ class _Street:
         return colour * self.rng.uniform(0.85, 1.12) + self.rng.normal(0, spread, 3)
 
     def project(self, points: np.ndarray, z: float | None = None) -> list[np.ndarray]:
-        """Pixels of polygons: ``[..., corners, 3]`` in space, or ``[corners, 2]`` upright at depth ``z``."""
+        """Project polygons to pixels: ``[..., corners, 3]`` in space, or upright ``[corners, 2]`` at depth ``z``."""
         scale = self.pixels_per_metre / (points[..., 2:] if z is None else z)
         pixels = self.vanishing_point + (points[..., :2] - self.eye) * scale
         return list(np.rint(pixels).astype(np.int32).reshape(-1, points.shape[-2], 2))
 
     def fill(self, points: np.ndarray, colour: Sequence[float], label: int | None = None, z: float | None = None):
-        """Fill what ``project`` takes; without ``label`` it is a detail of what lies below."""
+        """Fill polygons (see ``project``). Without ``label`` only the colour changes."""
         polygons = self.project(points, z)
         clear = math.exp(-(points[..., 2].min() if z is None else z) / 110)
         shade = [clear * own + (1 - clear) * far for own, far in zip(colour, self.horizon, strict=True)]
@@ -95,7 +95,7 @@ class _Street:
         return np.array([(left, 0, near), (right, 0, near), (right, 0, far), (left, 0, far)])
 
     def paint_backdrop(self):
-        """Sky down to the horizon, then the far skyline."""
+        """Paint the sky and the far skyline."""
         rows = np.linspace(0, 1, self.height)[:, None] * self.height / self.vanishing_point[1]
         sky = np.asarray(self.zenith) + np.clip(rows, 0, 1) * (np.subtract(self.horizon, self.zenith))
         self.image[:] = np.clip(sky + self.rng.normal(0, 5, 3), 0, 255)[:, None]
@@ -107,7 +107,7 @@ class _Street:
                 self.fill(_disc(x + 7, 0, 11, top), self.colour((70, 110, 56)), VEGETATION, z=78)
 
     def paint_ground(self):
-        """Pavement with joints, road with kerbs and lane marks, and at times a shadow over both."""
+        """Paint the pavement, the road with kerbs and lane marks, and sometimes a shadow over both."""
         rng, kerb = self.rng, self.kerb
         near = 0.9 * self.focal * self.eye[1] / (self.height - self.vanishing_point[1])
         paving = self.colour((178, 160, 156), (164, 152, 160), (190, 174, 158), spread=6)
@@ -193,7 +193,7 @@ class _Street:
             self.fill(blob, leaves * (0.7 + 0.055 * step), VEGETATION, z)
 
     def pole(self, x: float, z: float, top: float | None = None):
-        """A post, at least three pixels wide in a 256 x 128 picture; without ``top`` a street lamp."""
+        """Paint a post, at least three pixels wide at 256 x 128; without ``top``, a street lamp."""
         half = max(0.1, 0.0125 * self.height * z / self.focal)
         grey = self.colour((128, 134, 130), (74, 86, 82), (160, 162, 160), spread=4)
         tip = top or self.rng.uniform(4.2, 6)
@@ -234,7 +234,7 @@ class _Street:
             self.fill(outline * tall + (x, 0), colour, PERSON, z)
 
     def car(self, x: float, z: float):
-        """A car seen end on, with the flank that faces the viewer."""
+        """Paint a car from the front or back, with the flank that faces the viewer."""
         paint, glass = self.colour(*_PAINTS), self.colour((44, 54, 68), spread=5)
         tyre, back = (24, 24, 26), self.rng.uniform(3.6, 4.3)
         roof = self.rng.uniform(1.4, 1.65)
@@ -249,7 +249,7 @@ class _Street:
         self.fill(along([(0.5, 0.98), (0.75, roof - 0.1), (back - 1.9, roof - 0.1), (back - 1.4, 0.98)]), glass, CAR)
         for hub in (0.75, back - 0.75):
             self.fill(along(_disc(hub, 0.32, 0.34, 0.34, 12)), tyre, CAR)
-        lamp = (222, 40, 36) if x > 0 else (250, 246, 220)  # we follow those on the right and meet those on the left
+        lamp = (222, 40, 36) if x > 0 else (250, 246, 220)  # rear lamps on the right, headlamps on the left
         parts = [
             (_box(-0.85, 0, -0.6, 0.4), tyre),
             (_box(0.6, 0, 0.85, 0.4), tyre),
@@ -265,12 +265,12 @@ class _Street:
             self.fill(outline + (x, 0), colour, CAR, z)
 
     def bin(self, x: float, z: float):
-        """Litter, which Cityscapes' evaluation leaves out."""
+        """Paint a litter bin, which Cityscapes' evaluation ignores."""
         self.fill(_box(x - 0.3, 0, x + 0.3, 0.9), self.colour((60, 74, 60), (90, 60, 50)), UNLABELED, z)
         self.fill(_box(x - 0.34, 0.85, x + 0.34, 1.0), self.colour((40, 42, 44)), UNLABELED, z)
 
     def paint_things(self):
-        """Everything that stands on the ground, far to near; what would be tiny or outside is left out."""
+        """Paint all objects from far to near, except those that would be tiny or outside the picture."""
         rng, kerb = self.rng, self.kerb
         things = []
 
@@ -304,7 +304,7 @@ class _Street:
             cv2.ellipse(self.labels, centre, axes, 0, 0, 360, EGO_VEHICLE, -1)
 
     def develop(self) -> tuple[np.ndarray, np.ndarray]:
-        """Halve the size, then add texture, clouds, light, blur and sensor noise."""
+        """Halve the size; add texture, clouds, lighting, blur and sensor noise."""
         rng, size = self.rng, (self.width // 2, self.height // 2)
         labels = np.ascontiguousarray(self.labels[1::2, 1::2])
         image = cv2.resize(self.image, size, interpolation=cv2.INTER_AREA).astype(np.float32)
@@ -329,14 +329,14 @@ class _Street:
 
 
 def render_scene(seed: int | Sequence[int], size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Paint one street; the same ``seed`` and ``size`` give the same bytes.
+    """Render one street scene. The same ``seed`` and ``size`` give the same bytes.
 
     Args:
         seed: anything ``np.random.default_rng`` takes as a seed.
         size: ``(width, height)`` in pixels, each from 32 to 4096.
 
     Returns:
-        The image, uint8 ``[H, W, 3]``, RGB, and its Cityscapes labelIds, uint8 ``[H, W]``.
+        The image (uint8 RGB ``[H, W, 3]``) and its Cityscapes labelIds (uint8 ``[H, W]``).
     """
     _check_size(size)
     street = _Street(np.random.default_rng(seed), size)
@@ -349,19 +349,19 @@ def render_scene(seed: int | Sequence[int], size: tuple[int, int]) -> tuple[np.n
 
 
 def make_toy_streets(out: str | Path, train: int, val: int, size: tuple[int, int], seed: int = 0) -> None:
-    """Write a data set that mmseg's ``CityscapesDataset`` reads unchanged, all of it or nothing.
+    """Write a data set for mmseg's ``CityscapesDataset``, completely or not at all.
 
     Args:
-        out: its folder; left as it is if it holds the same data set already, refused if it holds anything else.
+        out: new or empty folder. A folder that already holds the same data set is kept unchanged.
         train: number of training scenes, at most a million.
-        val: number of validation scenes, none of them a training scene.
+        val: number of validation scenes, all different from the training scenes.
         size: ``(width, height)`` in pixels, each from 32 to 4096.
-        seed: not negative; another seed gives other scenes.
+        seed: random seed, at least 0.
     """
     _check_size(size)
     for name, value in dict(train=train, val=val).items():
         if not 1 <= value <= MAX_SCENES:
-            raise UserError(f'{name} must lie between 1 and {MAX_SCENES}, got {value}')
+            raise UserError(f'{name} must be between 1 and {MAX_SCENES}, got {value}')
     if seed < 0:
         raise UserError(f'seed must be at least 0, got {seed}')
     out = Path(out).resolve()
@@ -371,15 +371,15 @@ def make_toy_streets(out: str | Path, train: int, val: int, size: tuple[int, int
             print(f'{out} already holds these toy streets')
             return
         if out.is_file() or (out.is_dir() and any(out.iterdir())):
-            raise UserError(f'{out} exists and is not the data set asked for; choose another folder or delete it')
+            raise UserError(f'{out} already exists with other content; choose another folder or delete it')
         partial = out.with_name(f'{out.name}.partial')
         if partial.exists():
-            raise UserError(f'{partial} is left from a run that was killed, or another is writing it; delete it first')
+            raise UserError(f'{partial} was left by a killed run, or another run is writing it; delete it first')
         partial.mkdir(parents=True)
         try:
             _write_scenes(partial, parameters)
             partial.replace(out)
-        except BaseException:  # Ctrl-C too
+        except BaseException:  # also on Ctrl-C
             shutil.rmtree(partial, ignore_errors=True)
             raise
     except OSError as error:
@@ -388,7 +388,7 @@ def make_toy_streets(out: str | Path, train: int, val: int, size: tuple[int, int
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Read ``256x128`` as ``(256, 128)``."""
+    """Parse ``256x128`` into ``(256, 128)``."""
     match = re.fullmatch(r'(\d{1,9})x(\d{1,9})', text)
     if match is None:
         raise UserError(f'size must be WIDTHxHEIGHT, such as 256x128, got {text!r}')

@@ -1,4 +1,4 @@
-"""Scores, the metric that computes them, and the report that shows them."""
+"""Scores, the metrics that compute them, and the report."""
 
 from .metric import CityscapesLabelIds, SegmentationMetric
 

@@ -1,4 +1,4 @@
-"""The metric that counts and the writer of label maps, for mmengine."""
+"""mmengine metrics: the scores of a test set, and label maps for Cityscapes' server."""
 
 import csv
 import io
@@ -25,34 +25,34 @@ from ..errors import UserError
 from ..visualization import overlay
 from .scores import Example, Totals, areas, class_scores, interval, iou, mean_scores
 
-DILATION = 0.02  # of the diagonal: the width of a boundary in the paper
-WIDTH = 640  # of a picture, at most
+DILATION = 0.02  # of the image diagonal: the boundary width of the Boundary IoU paper
+WIDTH = 640  # maximum of a picture in the report
 
 
 @METRICS.register_module()
 class SegmentationMetric(BaseMetric):
-    """IoU and its kin per class and per image, with 95 % intervals, in memory that does not grow with the test set.
+    """IoU and related scores per class and image, with 95 % intervals, in memory independent of the test set's size.
 
-    ``totals`` holds the sums after ``evaluate``, in the main process. ``docs/measuring.md`` defines every score.
+    After ``evaluate``, ``totals`` holds the counts in the main process. ``docs/measuring.md`` defines every score.
 
     Args:
-        out_dir: gets ``per_image.csv``, a row per image; one folder for all processes.
-        root: images are named relative to it.
-        ignore_index: of void pixels, which count nowhere.
+        out_dir: folder for ``per_image.csv``, one row per image; the same for all processes.
+        root: folder that image names are relative to.
+        ignore_index: label of void pixels, which are not counted.
     """
 
-    default_prefix = ''  # names as IoUMetric has them
+    default_prefix = ''  # same names as IoUMetric
 
     def __init__(self, out_dir: str, root: str, ignore_index: int = 255):
         super().__init__(collect_dir=os.path.join(out_dir, '.parts'))
         self.out_dir, self.root, self.ignore_index = Path(out_dir), root, ignore_index
         self.totals: Totals | None = None
-        self._rows(get_rank()).unlink(missing_ok=True)  # of a run that was killed
+        self._rows(get_rank()).unlink(missing_ok=True)  # left by a killed run
 
     def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
         """Count the images of a batch."""
         classes = self.dataset_meta['classes']
-        if not self.results:  # mmengine gathers and empties it; one entry per process
+        if not self.results:  # mmengine gathers and clears this list; one entry per process
             self.results.append(Totals.of(len(classes)))
         totals = self.results[0]
         with self._rows(get_rank()).open('a', newline='') as file:
@@ -72,14 +72,14 @@ class SegmentationMetric(BaseMetric):
                     totals.show(Example(name, scores['mIoU']), draw)
 
     def compute_metrics(self, results: list[Totals]) -> dict[str, float]:
-        """Scores of all images together."""
+        """Scores over all images."""
         totals, *others = results
         for other in others:
             totals.merge(other)
         classes = self.dataset_meta['classes']
         pixels = areas(totals.confusion)
         if not pixels.any():
-            raise UserError(f'every pixel of the test set is void ({self.ignore_index}): nothing can be measured')
+            raise UserError(f'every pixel of the test set is void ({self.ignore_index}), so no score can be computed')
         self._join_rows(classes)
         self.totals = totals
         draws = totals.bootstrap_scores()
@@ -91,14 +91,14 @@ class SegmentationMetric(BaseMetric):
         for i, (name, (low, high)) in enumerate(zip(classes, interval(draws['IoU']).T, strict=True)):
             values = [f'{scores[key][i]:.2f}' for key in table.field_names if key in scores]
             table.add_row([name, values[0], f'{low:.2f} to {high:.2f}', *values[1:]])
-        print_log(f'per class, in per cent:\n{table}', 'current')
+        print_log(f'scores per class in percent:\n{table}', 'current')
         return mean_scores(pixels, totals.edges)
 
     def _maps(self, sample: dict) -> tuple[np.ndarray, np.ndarray]:
-        """Truth and prediction, uint8 ``[H, W]``, with the number after the last class wherever truth is void."""
+        """Ground truth and prediction, uint8 ``[H, W]``; both equal the number of classes where the truth is void."""
         if 'gt_sem_seg' not in sample:
             raise UserError(
-                'test_pipeline loads no labels, so nothing can be measured; give it LoadAnnotations, '
+                'test_pipeline loads no labels, so no score can be computed; add LoadAnnotations, '
                 'or use --format, which needs no labels'
             )
         truth, prediction = (
@@ -109,7 +109,7 @@ class SegmentationMetric(BaseMetric):
             sizes = [f'{width} x {height}' for height, width in (truth.shape, prediction.shape)]
             raise UserError(
                 f'label {label} is {sizes[0]}, but the prediction for {sample["img_path"]} is {sizes[1]}; '
-                'tools/check_data.py names all labels whose size is not that of their image'
+                'mmseg-volo check-data lists all labels that differ in size from their image'
             )
         void = len(self.dataset_meta['classes'])
         ignored = truth == self.ignore_index
@@ -117,7 +117,7 @@ class SegmentationMetric(BaseMetric):
         if foreign.size:
             raise UserError(
                 f'label {label} has id {foreign[0]}, but there are {void} classes (0 to {void - 1}) and '
-                f'{self.ignore_index} for void; tools/check_data.py names all such labels'
+                f'{self.ignore_index} for void; mmseg-volo check-data lists all such labels'
             )
         truth[ignored] = prediction[ignored] = void
         return truth, prediction
@@ -126,7 +126,7 @@ class SegmentationMetric(BaseMetric):
         return self.out_dir / f'.per_image.{rank}.csv'
 
     def _join_rows(self, classes: Sequence[str]) -> None:
-        """Make one file of those of all processes, which took turns in the order of the data set."""
+        """Merge the rows of all processes; the images alternate between processes in the order of the data set."""
         parts = [path for path in map(self._rows, range(get_world_size())) if path.exists()]
         with whole(self.out_dir / 'per_image.csv') as unfinished, ExitStack() as stack:
             writer = csv.writer(stack.enter_context(unfinished.open('w', newline='')))
@@ -139,7 +139,7 @@ class SegmentationMetric(BaseMetric):
 
 @METRICS.register_module()
 class CityscapesLabelIds(CityscapesMetric):
-    """mmseg's ``CityscapesMetric`` for label maps of bytes: its table of ids has a -1, which they cannot hold."""
+    """mmseg's ``CityscapesMetric`` for uint8 label maps, which cannot hold the -1 in its table of ids."""
 
     def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
         """Write the labelIds of a batch."""
@@ -149,7 +149,7 @@ class CityscapesLabelIds(CityscapesMetric):
 
 
 def _count(truth: np.ndarray, prediction: np.ndarray, void: int) -> tuple[np.ndarray, np.ndarray]:
-    """Confusion matrix ``[void, void]`` of an image, and areas of the boundaries (Boundary IoU, arXiv 2103.16562)."""
+    """Confusion matrix ``[void, void]`` and boundary areas ``[3, void]`` (Boundary IoU, arXiv 2103.16562)."""
     pairs = np.bincount(truth.ravel() * np.int64(void + 1) + prediction.ravel(), minlength=(void + 1) ** 2)
     confusion = pairs.reshape(void + 1, void + 1)[:void, :void]
     outlines = [_outlines(label, void) for label in (truth, prediction)]
@@ -159,16 +159,16 @@ def _count(truth: np.ndarray, prediction: np.ndarray, void: int) -> tuple[np.nda
 
 
 def _outlines(label: np.ndarray, void: int) -> np.ndarray:
-    """The label map near the boundaries of its classes, and void elsewhere; outside of the image all is void."""
+    """The label map near class boundaries, and void elsewhere. Pixels outside the image count as void."""
     reach = max(1, round(DILATION * float(np.hypot(*label.shape))))
     padded = cv2.copyMakeBorder(label, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=void)
-    # A pixel is inside, for whichever class, where the window around it holds one number: one pass for all classes.
+    # A pixel is interior if its window holds a single label, whatever the class: one pass for all classes.
     low, high = (turn(padded, np.ones((3, 3), np.uint8), iterations=reach) for turn in (cv2.erode, cv2.dilate))
     return np.where((low != high)[1:-1, 1:-1], label, void)
 
 
 def _draw(path: str, truth: np.ndarray, prediction: np.ndarray, palette: Sequence) -> list[bytes]:
-    """JPEGs of image, truth, prediction and errors: red is wrong, black is void."""
+    """JPEGs of image, ground truth, prediction and errors (red: wrong, black: void)."""
     height, width = truth.shape
     size = min(width, WIDTH), max(1, height * min(width, WIDTH) // width)
     image = Image.fromarray(mmcv.imread(path, channel_order='rgb')).resize(size)

@@ -1,4 +1,4 @@
-"""The results of a test as files: numbers, pictures, one page, and a comparison with another run."""
+"""Result files of a test: scores, pictures, report.html and the comparison with another run."""
 
 import base64
 import csv
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 IMAGE_SCORES = 'mIoU', 'aAcc', 'mBoundaryIoU'
 PAGES = 'confusion.png', 'per_class.png', 'report.html'
-NUMBERED = 20  # classes whose confusion matrix still has room for numbers
+NUMBERED = 20  # at most this many classes get numbers in the confusion matrix
 
 
 @dataclass
 class Run:
-    """Results of another test, as ``write_results`` left them."""
+    """Results of another test, read from its files."""
 
     path: str
     record: dict
@@ -39,7 +39,7 @@ class Run:
 
 @dataclass
 class Difference:
-    """A score here and there, and where 95 % of the replicates put their difference."""
+    """A score of this run and another, with the 95 % interval of their difference."""
 
     name: str
     here: float | None
@@ -49,19 +49,19 @@ class Difference:
 
     @property
     def gain(self) -> float | None:
-        """How much more is here; None for a class that one of the two has no score for."""
+        """Score of this run minus the other; None for a class without a score in one of them."""
         return None if self.low is None else self.here - self.there
 
     @property
     def verdict(self) -> str:
-        """What the interval says of here."""
+        """Whether this run is better or worse: significant if the interval excludes 0."""
         if self.low is None:
             return ''
-        return 'better' if self.low > 0 else 'worse' if self.high < 0 else 'cannot be told apart'
+        return 'better' if self.low > 0 else 'worse' if self.high < 0 else 'not significant'
 
 
 def summary(totals: Totals, classes: Sequence[str]) -> dict:
-    """All scores in per cent, with intervals; None where there is nothing to measure."""
+    """All scores in percent with their intervals; None where a score is undefined."""
     pixels = areas(totals.confusion)
     draws = totals.bootstrap_scores()
     bounds = interval(draws['IoU'])
@@ -138,39 +138,39 @@ def write_results(folder: Path, record: dict, totals: Totals, palette: Sequence,
 
 
 def read_run(path: str, classes: Sequence[str], images_sha256: str) -> Run:
-    """Read the ``metrics.json`` at ``path``, and the ``bootstrap.npz`` beside it, to compare them with this run.
+    """Read ``metrics.json`` at ``path`` and ``bootstrap.npz`` beside it, for a comparison with this run.
 
     Raises:
-        UserError: they are not what this tool writes, or of other classes or images than these.
+        UserError: the files are damaged or missing, or their classes or images differ from those of this run.
     """
     try:
         record = json.loads(Path(path).read_text())
         with np.load(Path(path).with_name('bootstrap.npz')) as archive:
             run = Run(path, record, dict(archive))
         theirs, their_images = [row['name'] for row in record['classes']], record['images_sha256']
-        _differences(record, run.draws, run)  # with itself: all that a comparison reads is there
+        _differences(record, run.draws, run)  # with itself: raises if anything is missing
     except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, BadZipFile, zlib.error) as error:
         raise UserError(
-            f'--compare {path} needs a metrics.json of tools/test.py with its bootstrap.npz beside it '
-            f'({type(error).__name__}: {error}); measure that run again'
+            f'--compare {path} needs a metrics.json written by mmseg-volo test, with its bootstrap.npz beside it '
+            f'({type(error).__name__}: {error}); test that checkpoint again'
         ) from None
     if theirs != list(classes):
         odd = sorted(set(theirs) ^ set(classes))
-        which = f'only one has {", ".join(odd[:5])}' if odd else 'in another order'
+        which = f'only one has {", ".join(odd[:5])}' if odd else 'their order differs'
         raise UserError(f'--compare {path} has {len(theirs)} classes, this run {len(classes)}: {which}')
     if their_images != images_sha256:
-        raise UserError(f'--compare {path} was measured on other images; measure both runs on the same test set')
+        raise UserError(f'--compare {path} was tested on other images; test both checkpoints on the same images')
     return run
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file, whole or not at all."""
+    """Write a file atomically."""
     with whole(path) as partial:
         partial.write_bytes(content)
 
 
 def _differences(record: dict, draws: dict[str, np.ndarray], other: Run) -> list[Difference]:
-    """Means first, then classes. Replicates go in pairs: both runs drew the same images for each."""
+    """Means first, then classes. Replicates are paired: each has the same images in both runs."""
     rows = [
         (name, record['metrics'][name], other.record['metrics'][name], draws[name] - other.draws[name])
         for name in ('mIoU', 'aAcc')
@@ -182,7 +182,7 @@ def _differences(record: dict, draws: dict[str, np.ndarray], other: Run) -> list
 
 
 def _table(differences: list[Difference]) -> PrettyTable:
-    table = PrettyTable(['score', 'here', 'there', 'difference', '95 % interval', 'so here is'])
+    table = PrettyTable(['score', 'this run', 'other run', 'difference', '95 % interval', 'this run is'])
     table.align = 'r'
     table.align['score'] = 'l'
     for row in differences:
@@ -200,7 +200,7 @@ def _image_rows(path: Path) -> list[tuple[str, list[float | None]]]:
 
 
 def _confusion_picture(confusion: np.ndarray, classes: Sequence[str]) -> bytes:
-    """PNG: of the pixels of a class (row), how many per cent are taken for which class (column)."""
+    """PNG of the confusion matrix: percent of each true class (row) predicted as each class (column)."""
     count = len(classes)
     rows = confusion.sum(1, keepdims=True)
     shares = np.ma.masked_where(np.repeat(rows == 0, count, axis=1), 100 * confusion / np.maximum(rows, 1))
@@ -208,12 +208,12 @@ def _confusion_picture(confusion: np.ndarray, classes: Sequence[str]) -> bytes:
     font = 8 if count <= NUMBERED else 5
     figure = _figure(side, side)
     axes = figure.subplots()
-    axes.set_facecolor('lightgrey')  # classes that the truth lacks
+    axes.set_facecolor('lightgrey')  # rows of classes without ground truth
     axes.imshow(shares, cmap='Blues', vmin=0, vmax=100)
     axes.set_xticks(range(count), classes, rotation=90, fontsize=font)
     axes.set_yticks(range(count), classes, fontsize=font)
     axes.set_xlabel('prediction')
-    axes.set_ylabel('truth')
+    axes.set_ylabel('ground truth')
     if count <= NUMBERED:
         for (y, x), share in np.ndenumerate(shares.filled(0)):
             if share >= 1:
@@ -222,7 +222,7 @@ def _confusion_picture(confusion: np.ndarray, classes: Sequence[str]) -> bytes:
 
 
 def _class_picture(rows: Sequence[dict]) -> bytes:
-    """PNG: IoU of each class, and its interval."""
+    """PNG of the IoU of each class with its interval."""
     known = [row for row in rows if row['IoU'] is not None]
     values = np.array([row['IoU'] for row in known])
     low, high = np.array([row['IoU_interval'] for row in known]).T
@@ -233,7 +233,7 @@ def _class_picture(rows: Sequence[dict]) -> bytes:
     axes.invert_yaxis()
     axes.margins(y=0.01)
     axes.set_xlim(0, 100)
-    axes.set_xlabel('IoU, per cent, with its 95 % interval')
+    axes.set_xlabel('IoU in percent, with 95 % interval')
     return _png(figure)
 
 

@@ -1,4 +1,4 @@
-"""Scores of a test set, and how sure one can be of them."""
+"""Scores of a test set and their bootstrap intervals."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 REPLICATES = 1000
-KEPT = 4  # pictured images on either end of the scale
+KEPT = 4  # best and worst images in the report
 CITYSCAPES_CATEGORIES = {
     'flat': ('road', 'sidewalk'),
     'construction': ('building', 'wall', 'fence'),
@@ -21,7 +21,7 @@ CITYSCAPES_CATEGORIES = {
 
 @dataclass(eq=False)
 class Example:
-    """An image worth looking at, with JPEGs of itself, truth, prediction and errors."""
+    """An image for the report, with JPEGs of image, ground truth, prediction and errors."""
 
     name: str
     miou: float
@@ -30,18 +30,18 @@ class Example:
 
 @dataclass
 class Totals:
-    """What images add up to. Areas are pixels ``[3, n]``: hit, truth and prediction of n classes."""
+    """Counts over images. Areas are pixel counts ``[3, n]``: intersection, ground truth and prediction of n classes."""
 
-    confusion: np.ndarray  # [n, n], truth by prediction
-    edges: np.ndarray  # areas of the boundaries
-    replicates: np.ndarray  # areas of 1000 test sets, drawn with replacement from this one
+    confusion: np.ndarray  # [n, n], ground truth by prediction
+    edges: np.ndarray  # boundary areas
+    replicates: np.ndarray  # [1000, 3, n], areas of bootstrap replicates
     images: int = 0
     worst: list[Example] = field(default_factory=list)
     best: list[Example] = field(default_factory=list)
 
     @classmethod
     def of(cls, num_classes: int) -> 'Totals':
-        """Nothing yet."""
+        """Totals without images."""
         confusion = np.zeros((num_classes, num_classes), np.int64)
         edges = np.zeros((3, num_classes), np.int64)
         return cls(confusion, edges, np.zeros((REPLICATES, 3, num_classes), np.int64))
@@ -50,8 +50,8 @@ class Totals:
         """Count one image.
 
         Poisson bootstrap (https://research.google/pubs/pub43157): each replicate holds the image Poisson(1) times, so
-        that one pass does. The image's name draws how often, so that neither order nor number of processes matters, and
-        two models measured on the same images can be compared replicate by replicate.
+        one pass is enough. The image's name seeds these numbers: results do not depend on the order or the number of
+        processes, and two models tested on the same images can be compared replicate by replicate.
         """
         seed = hashlib.blake2b(name.encode(), digest_size=8).digest()
         times = np.random.default_rng(int.from_bytes(seed, 'big')).poisson(1, REPLICATES)
@@ -61,13 +61,13 @@ class Totals:
         self.images += 1
 
     def show(self, example: Example, draw: Callable[[], list[bytes]]) -> None:
-        """Draw and keep an image that is among the worst or the best so far."""
+        """Keep an image, and call ``draw``, if it is among the worst or best so far."""
         self._keep([example], [example])
         if example in self.worst + self.best:
             example.pictures = draw()
 
     def merge(self, other: 'Totals') -> None:
-        """Add what another process counted."""
+        """Add the counts of another process."""
         self.confusion += other.confusion
         self.edges += other.edges
         self.replicates += other.replicates
@@ -79,7 +79,7 @@ class Totals:
         self.best = sorted(self.best + best, key=lambda example: (-example.miou, example.name))[:KEPT]
 
     def bootstrap_scores(self) -> dict[str, np.ndarray]:
-        """Scores of the replicates: mIoU and aAcc ``[1000]``, IoU ``[1000, n]``."""
+        """Scores of each bootstrap replicate: mIoU and aAcc ``[1000]``, IoU ``[1000, n]``."""
         per_class = iou(self.replicates)
         return dict(mIoU=mean(per_class), aAcc=accuracy(self.replicates), IoU=per_class)
 
@@ -90,13 +90,13 @@ def areas(confusion: np.ndarray) -> np.ndarray:
 
 
 def iou(pixels: np.ndarray) -> np.ndarray:
-    """IoU ``[..., n]`` in per cent, from areas ``[..., 3, n]``; NaN for a class in neither truth nor prediction."""
+    """IoU ``[..., n]`` in percent from areas ``[..., 3, n]``; NaN for a class in neither truth nor prediction."""
     hit, truth, prediction = np.moveaxis(pixels, -2, 0)
     return 100 * _ratio(hit, truth + prediction - hit)
 
 
 def accuracy(pixels: np.ndarray) -> np.ndarray:
-    """Per cent of all pixels that are right, mmseg's aAcc."""
+    """Pixel accuracy in percent, mmseg's aAcc."""
     hit, truth, _ = np.moveaxis(pixels, -2, 0)
     return 100 * _ratio(hit.sum(-1), truth.sum(-1))
 
@@ -107,12 +107,12 @@ def mean(scores: np.ndarray) -> np.ndarray:
 
 
 def class_scores(pixels: np.ndarray, edges: np.ndarray) -> dict[str, np.ndarray]:
-    """Each score ``[n]`` in per cent; NaN where there is nothing to divide by."""
+    """Scores per class ``[n]`` in percent; NaN where the denominator is 0."""
     hit, truth, prediction = pixels
     recall = 100 * _ratio(hit, truth)
     return dict(
         IoU=iou(pixels),
-        Acc=recall,  # mmseg has both names, too
+        Acc=recall,  # mmseg uses both names
         Precision=100 * _ratio(hit, prediction),
         Recall=recall,
         Fscore=200 * _ratio(hit, truth + prediction),
@@ -121,7 +121,7 @@ def class_scores(pixels: np.ndarray, edges: np.ndarray) -> dict[str, np.ndarray]
 
 
 def mean_scores(pixels: np.ndarray, edges: np.ndarray) -> dict[str, float]:
-    """Each score of the whole, in per cent."""
+    """Scores over all classes in percent."""
     per_class = class_scores(pixels, edges)
     truth = pixels[1]
     scores = dict(
@@ -135,7 +135,7 @@ def mean_scores(pixels: np.ndarray, edges: np.ndarray) -> dict[str, float]:
 
 
 def category_iou(confusion: np.ndarray, classes: Sequence[str]) -> dict[str, float]:
-    """IoU of Cityscapes' categories, if ``classes`` are its own; a mistake within a category is none."""
+    """IoU of Cityscapes' categories; empty for other classes. Confusion within a category is not an error."""
     groups = CITYSCAPES_CATEGORIES.values()
     if {name for group in groups for name in group} != set(classes):
         return {}
@@ -143,10 +143,10 @@ def category_iou(confusion: np.ndarray, classes: Sequence[str]) -> dict[str, flo
     return dict(zip(CITYSCAPES_CATEGORIES, iou(areas(member @ confusion @ member.T)).tolist(), strict=True))
 
 
-def interval(draws: np.ndarray) -> np.ndarray:
-    """Where 95 % of the replicates ``[1000, ...]`` lie, from and to: ``[2, ...]``; NaN if none has a score."""
-    some = np.isfinite(draws).any(0)
-    return np.where(some, np.nanpercentile(np.where(some, draws, 0), [2.5, 97.5], axis=0), np.nan)
+def interval(replicates: np.ndarray) -> np.ndarray:
+    """95 % interval ``[2, ...]`` of replicate scores ``[1000, ...]``; NaN if no replicate has a score."""
+    some = np.isfinite(replicates).any(0)
+    return np.where(some, np.nanpercentile(np.where(some, replicates, 0), [2.5, 97.5], axis=0), np.nan)
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
