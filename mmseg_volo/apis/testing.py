@@ -21,6 +21,7 @@ from mmseg.datasets import ADE20KDataset, CityscapesDataset
 from mmseg.registry import DATASETS
 from prettytable import PrettyTable
 
+from .._extras import without_tensorboard
 from .._files import file_sha256
 from .._version import __version__
 from ..checkpoints.download import local_copy
@@ -99,6 +100,7 @@ def test(
         ignore_index = data_sets(cfg.test_dataloader.dataset)[0].get('ignore_index', 255)
         cfg.test_evaluator = dict(type='SegmentationMetric', out_dir=str(folder), root=root, ignore_index=ignore_index)
 
+    without_tensorboard(cfg)
     with runner_on_terminal(cfg, verbose) as runner:
         model = runner.model
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):

@@ -8,6 +8,7 @@ import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
 
+from .._extras import without_tensorboard
 from ..checkpoints.download import local_copy
 from ..checkpoints.hook import DurableCheckpointHook, newest_whole_checkpoint
 from ..checkpoints.mmengine_loader import read_ahead
@@ -66,7 +67,10 @@ def train(
     kept_seed = _find_start(cfg, resume)
     _set_randomness(cfg, kept_seed if seed is None else seed, deterministic)
 
+    lacks_tensorboard = without_tensorboard(cfg)
     with runner_on_terminal(cfg, verbose) as runner:
+        if lacks_tensorboard:
+            runner.logger.info("TensorBoard gets no data: pip install 'mmseg-volo[tensorboard]'")
         if cfg.resume and cfg.load_from:
             runner.logger.info(f'resuming from {cfg.load_from}')
         try:
