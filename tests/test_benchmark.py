@@ -19,7 +19,7 @@ from mmseg_volo.errors import UserError
 
 @pytest.fixture
 def small(monkeypatch):
-    """The benchmark's own ways at sizes that cost nothing."""
+    """The benchmark at sizes that take no time."""
     monkeypatch.setattr(module, 'FORWARD', {'d1@32': 1})
     monkeypatch.setattr(module, 'TRAIN', {'d1@32': 1})
     monkeypatch.setattr(module, 'OPERATOR', {'d1@64': (1, 8, 8, 6)})
@@ -47,7 +47,7 @@ def test_no_speed_is_measured_where_parity_fails(small, monkeypatch, capsys):
     monkeypatch.setattr(module, 'outlook_attention', lambda *args, **geometry: right(*args, **geometry) * 1.01)
     with pytest.raises(UserError, match='parity failed, so no speed is measured: operator'):
         benchmark_backbone('cpu', quick=True)
-    assert 'floors:' not in capsys.readouterr().out  # nor any time after them
+    assert 'floors:' not in capsys.readouterr().out  # nor is anything timed afterwards
 
 
 def test_a_nan_fails_parity():
@@ -56,13 +56,13 @@ def test_a_nan_fails_parity():
     assert row['met'] is False
 
 
-def test_contenders_take_turns():
+def test_contenders_alternate():
     order = []
     times = paired_times({name: lambda name=name: order.append(name) for name in 'ab'}, 2, 'cpu')
     assert order == ['a', 'b'] * 3 and [len(seconds) for seconds in times.values()] == [2, 2]
 
 
-def test_live_memory_counts_what_the_backward_pass_needs():
+def test_live_memory_counts_saved_activations():
     x = torch.randn(1000, requires_grad=True)
     with LiveMemory() as memory:
         y = x.exp().sum()  # keeps the exponentials
@@ -101,7 +101,7 @@ def test_profile_names_every_part_of_a_step(capsys):
     assert 'RandomResize' in printed and 'images/s per worker' in printed
 
 
-def test_a_segmentor_without_auxiliary_head_is_profiled_too():
+def test_a_segmentor_without_auxiliary_head_is_profiled():
     rows = profile_step('volo_tiny_toy_streets', 'cpu', 2, 2, dict(crop_size=(32, 64)))
     assert len(rows) == 5
 

@@ -1,4 +1,4 @@
-"""Pictures and videos in, labels out."""
+"""Inference on images and videos."""
 
 import resource
 import shutil
@@ -56,7 +56,7 @@ def checkpoint(place) -> str:
 
 
 def saved(path: Path, options: dict) -> str:
-    """A checkpoint of random weights that tell several classes apart."""
+    """A checkpoint with random weights that predicts several classes."""
     init_default_scope('mmseg')
     torch.manual_seed(0)
     model = MODELS.build(load_config(CONFIG, options).model)
@@ -71,7 +71,7 @@ def scenes(place: Path) -> list[Path]:
 
 
 def expected(place: Path, checkpoint: str, options: dict, tta: bool = False) -> list[np.ndarray]:
-    """Labels of the val scenes as the test loop makes them."""
+    """Labels of the val scenes from the test loop."""
     cfg = load_config(CONFIG, {'data_root': str(place / 'toy'), **options})
     init_default_scope('mmseg')
     model = MODELS.build(cfg.model).eval()
@@ -94,7 +94,7 @@ def labels(out: Path, names: list[str]) -> list[np.ndarray]:
     [({}, False), (SLIDE, False), ({'model.type': 'EncoderDecoder'}, False), (SLIDE, True)],
     ids=['whole', 'slide', 'plain EncoderDecoder', 'tta'],
 )
-def test_labels_are_those_of_the_test_loop(place, checkpoint, tmp_path, options, tta):
+def test_labels_equal_those_of_the_test_loop(place, checkpoint, tmp_path, options, tta):
     paths = scenes(place)
     infer(CONFIG, checkpoint, [str(p) for p in paths], str(tmp_path), save=['labels'], tta=tta, cfg_options=options)
     found, exact = labels(tmp_path, [p.stem for p in paths]), expected(place, checkpoint, options, tta)
@@ -122,7 +122,7 @@ def test_probabilities_sum_to_one_and_agree_with_the_labels(place, checkpoint, t
         assert np.array_equal(labels(tmp_path / 'alone', [path.stem])[0], label)
 
 
-def test_half_precision_is_close_and_not_the_same(place, checkpoint, tmp_path):
+def test_mixed_precision_is_close_but_not_equal(place, checkpoint, tmp_path):
     path = scenes(place)[0]
     for amp in (False, True):
         infer(CONFIG, checkpoint, [str(path)], str(tmp_path / str(amp)), save=['prob'], amp=amp)
@@ -144,7 +144,7 @@ def turned(image: Image.Image, orientation: int) -> dict:
 
 
 def save_deep(image: Image.Image, path: Path) -> None:
-    """With 16 bit, of which the high byte alone is up to 1 more than the nearest of 8 bit."""
+    """As 16 bits, whose high byte alone exceeds the nearest 8-bit value by up to 1."""
     pixels = np.asarray(image) if image.mode == 'L' else np.asarray(image)[..., ::-1]
     cv2.imwrite(str(path), (pixels.astype(int) * 257 + 120).clip(max=65535).astype(np.uint16))
 
@@ -181,7 +181,7 @@ KINDS: dict[str, Callable[[Image.Image, Path], object]] = {
 
 @pytest.fixture(scope='module')
 def seen(place, checkpoint) -> Path:
-    """Every kind of file, and what becomes of it."""
+    """Files of each kind, and their decoded images."""
     (place / 'kinds').mkdir()
     for name, save in KINDS.items():
         save(street(place), place / 'kinds' / name)
@@ -190,7 +190,7 @@ def seen(place, checkpoint) -> Path:
 
 
 def named(name: str) -> str:
-    """What becomes of a file is called by its stem, unless another has the same."""
+    """Outputs are named by stem unless stems repeat."""
     stem = Path(name).stem
     return f'{name}.png' if sum(Path(other).stem == stem for other in KINDS) > 1 else f'{stem}.png'
 
@@ -201,30 +201,30 @@ def decoded(seen: Path, name: str, width: int, height: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize('name', KINDS)
-def test_every_kind_of_file_is_seen_as_a_viewer_shows_it(place, seen, name):
+def test_every_kind_of_file_is_decoded_as_in_a_viewer(place, seen, name):
     source = Image.open(place / 'kinds' / name)
     if name.startswith('deep'):
-        source = street(place).convert('L' if 'grey' in name else 'RGB')  # PIL has no 16 bit colours
+        source = street(place).convert('L' if 'grey' in name else 'RGB')  # PIL has no 16-bit colours
     shown = ImageOps.exif_transpose(source).convert('RGB')
-    tolerance = 2 if name.endswith('.jpg') else 0  # decoders round, each in its own way
+    tolerance = 2 if name.endswith('.jpg') else 0  # decoders round differently
     assert np.abs(decoded(seen, name, *shown.size).astype(int) - shown).max() <= tolerance
     assert Image.open(seen / 'pred' / named(name)).size == shown.size
 
 
 @pytest.mark.parametrize('name', [name for name in KINDS if not name.startswith('deep')])
-def test_what_has_8_bit_is_decoded_as_in_training(place, seen, name):
+def test_8_bit_files_are_decoded_as_in_training(place, seen, name):
     trained_on = mmcv.imread(place / 'kinds' / name)[..., ::-1]
     height, width = trained_on.shape[:2]
     assert np.array_equal(decoded(seen, name, width, height), trained_on)
 
 
-def test_numbers_that_are_no_colours_are_refused(place, checkpoint, tmp_path):
+def test_float_images_are_refused(place, checkpoint, tmp_path):
     cv2.imwrite(str(tmp_path / 'heights.tif'), np.random.default_rng(0).random((8, 8, 3), np.float32))
     with pytest.raises(UserError, match=r'heights\.tif cannot be decoded as an image: it holds float32'):
         infer(CONFIG, checkpoint, [str(tmp_path / 'heights.tif')], str(tmp_path / 'out'))
 
 
-def test_a_picture_larger_than_opencv_allows_names_the_way_out(checkpoint, tmp_path):
+def test_a_picture_above_opencvs_limit_names_the_remedy(checkpoint, tmp_path):
     content = b'\x89PNG\r\n\x1a\n'
     for kind, data in ((b'IHDR', struct.pack('>IIBBBBB', 40000, 40000, 8, 0, 0, 0, 0)), (b'IDAT', b''), (b'IEND', b'')):
         content += struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
@@ -238,7 +238,7 @@ def test_a_picture_larger_than_opencv_allows_names_the_way_out(checkpoint, tmp_p
 # Which files, and what their results are called.
 
 
-def test_a_folder_means_its_subfolders_and_not_what_an_earlier_run_wrote(place, checkpoint, tmp_path):
+def test_a_folder_includes_subfolders_but_no_earlier_results(place, checkpoint, tmp_path):
     folder = tmp_path / 'pictures'
     for name in ('a.png', 'left/b.PNG', 'left/deep/a.png', 'left/deep/a.bmp', 'left/notes.txt'):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -254,7 +254,7 @@ def test_a_folder_means_its_subfolders_and_not_what_an_earlier_run_wrote(place, 
             assert names == {'a.png', 'left/b.png', 'left/deep/a.png.png', 'left/deep/a.bmp.png', 'linked/c.png'}
 
 
-def test_an_empty_folder_says_so_and_nothing_is_written(checkpoint, tmp_path):
+def test_an_empty_folder_is_named_and_nothing_is_written(checkpoint, tmp_path):
     (tmp_path / 'empty/within').mkdir(parents=True)
     with pytest.raises(UserError, match=r'folder .*empty has no images and no videos \(\.jpg, .*\.mp4'):
         infer(CONFIG, checkpoint, [str(tmp_path / 'empty')], str(tmp_path / 'out'))
@@ -270,14 +270,14 @@ def test_an_empty_folder_says_so_and_nothing_is_written(checkpoint, tmp_path):
         (dict(save=['labels']), r'drive\.mp4 is a video, which becomes an overlay only'),
     ],
 )
-def test_wishes_that_cannot_be_met(tmp_path, arguments, message):
+def test_impossible_options(tmp_path, arguments, message):
     (tmp_path / 'drive.mp4').touch()
     with pytest.raises(UserError, match=message):
         infer(CONFIG, 'never_read.pth', [str(tmp_path / 'drive.mp4')], str(tmp_path / 'out'), **arguments)
     assert not (tmp_path / 'out').exists()
 
 
-def test_tta_that_the_config_does_not_have(place, tmp_path):
+def test_tta_without_tta_pipeline(place, tmp_path):
     (tmp_path / 'bare.py').write_text("model = dict(backbone={}, decode_head=dict(type='FCNHead', num_classes=2))")
     with pytest.raises(UserError, match=r'--tta requires tta_pipeline and tta_model in .*bare\.py'):
         infer(str(tmp_path / 'bare.py'), 'never_read.pth', [str(scenes(place)[0])], str(tmp_path / 'out'), tta=True)
@@ -305,7 +305,7 @@ def frames_of(path: Path) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize('name', ['drive.mp4', 'drive.avi'])
-def test_a_video_becomes_an_overlay_of_as_many_frames_and_the_same_rate(place, checkpoint, tmp_path, name):
+def test_the_overlay_of_a_video_keeps_frames_and_rate(place, checkpoint, tmp_path, name):
     source = film(place, tmp_path / name, 7)
     assert infer(CONFIG, checkpoint, [str(source)], str(tmp_path / 'out'), opacity=0.9) == []
     made = tmp_path / 'out/vis/drive.mp4'
@@ -334,7 +334,7 @@ def test_a_video_is_read_frame_by_frame(place, checkpoint, tmp_path, monkeypatch
     assert peaks[1] - peaks[0] < 5 * size[0] * size[1] * 3
 
 
-def test_of_a_video_that_breaks_off_the_beginning_is_kept(place, checkpoint, tmp_path, capsys):
+def test_the_beginning_of_a_truncated_video_is_kept(place, checkpoint, tmp_path, capsys):
     source = film(place, tmp_path / 'drive.avi', 10)
     source.write_bytes(source.read_bytes()[: source.stat().st_size // 2])
     assert infer(CONFIG, checkpoint, [str(source)], str(tmp_path / 'out')) == [str(source)]
@@ -345,7 +345,7 @@ def test_of_a_video_that_breaks_off_the_beginning_is_kept(place, checkpoint, tmp
 
 
 @pytest.mark.parametrize(('size', 'message'), [(0, 'cannot encode 96 x 64 at 12.5 Hz'), (10_000, 'is it full')])
-def test_a_full_disk_leaves_no_half_a_video(place, checkpoint, tmp_path, size, message):
+def test_a_full_disk_leaves_no_partial_video(place, checkpoint, tmp_path, size, message):
     source = film(place, tmp_path / 'drive.avi', 12)
     with small_disk(size), pytest.raises(UserError, match=rf'cannot write .*drive\.mp4: .*{message}'):
         infer(CONFIG, checkpoint, [str(source)], str(tmp_path / 'out'))
@@ -354,7 +354,7 @@ def test_a_full_disk_leaves_no_half_a_video(place, checkpoint, tmp_path, size, m
 
 @contextmanager
 def small_disk(size: int) -> Iterator[None]:
-    """No file may grow beyond ``size``; Python ignores the signal, so that writing fails as on a full disk."""
+    """Limit file sizes to ``size``; Python ignores the signal, so writing fails as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
@@ -363,7 +363,7 @@ def small_disk(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_the_tool_takes_it_all_and_exits_with_1_for_what_it_skipped(place, checkpoint, tmp_path, capsys):
+def test_the_tool_exits_with_1_if_files_were_skipped(place, checkpoint, tmp_path, capsys):
     shutil.copy(scenes(place)[0], tmp_path / 'a.png')
     (tmp_path / 'broken.mp4').write_bytes(b'no video')
     (tmp_path / 'broken.jpg').write_bytes(b'no picture')
@@ -383,7 +383,7 @@ def test_the_tool_takes_it_all_and_exits_with_1_for_what_it_skipped(place, check
 
 @contextmanager
 def traced() -> Iterator[list[int]]:
-    """Most bytes that Python and NumPy held at once."""
+    """Peak bytes allocated by Python and NumPy."""
     tracemalloc.start()
     peak: list[int] = []
     try:
@@ -393,7 +393,7 @@ def traced() -> Iterator[list[int]]:
         tracemalloc.stop()
 
 
-def test_drawing_holds_no_further_copy_of_a_huge_picture():
+def test_drawing_makes_no_copy_of_a_huge_picture():
     image = np.zeros((2000, 3000, 3), np.uint8)
     label = np.arange(6_000_000).reshape(2000, 3000).astype(np.uint8)
     with traced() as peak:
@@ -404,7 +404,7 @@ def test_drawing_holds_no_further_copy_of_a_huge_picture():
 
 
 @pytest.mark.parametrize('opacity', [0, 0.3, 1])
-def test_strips_of_a_high_picture_are_mixed_as_the_whole(opacity):
+def test_strips_of_a_tall_picture_are_blended_as_the_whole(opacity):
     generator = np.random.default_rng(0)
     image = generator.integers(0, 256, (700, 5, 3), np.uint8)
     label = generator.integers(0, 4, (700, 5))  # 3 has no colour

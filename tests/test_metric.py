@@ -26,7 +26,7 @@ META = dict(classes=NAMES, palette=[[70, 130, 180], [128, 64, 128], [0, 0, 142],
 
 
 class Pair(NamedTuple):
-    """An image, its label, and a prediction."""
+    """An image with its label and a prediction."""
 
     image: str
     label: str
@@ -35,7 +35,7 @@ class Pair(NamedTuple):
 
 
 def samples(pairs: Iterable[Pair]) -> Iterable[list[dict]]:
-    """Batches of one, as mmengine's evaluator hands them on."""
+    """Batches of one, as mmengine's evaluator passes them."""
     for pair in pairs:
         maps = [torch.from_numpy(label.copy())[None] for label in (pair.truth.astype(np.int64), pair.prediction)]
         yield [
@@ -49,7 +49,7 @@ def samples(pairs: Iterable[Pair]) -> Iterable[list[dict]]:
 
 
 def measure(folder: Path, pairs: Sequence[Pair], meta: dict = META, **settings) -> tuple[dict, SegmentationMetric]:
-    """The mean scores, and the metric with its totals."""
+    """The mean scores and the metric, which holds the totals."""
     metric = SegmentationMetric(str(folder), **{'root': str(Path(pairs[0].image).parent), **settings})
     metric.dataset_meta = meta
     for batch in samples(pairs):
@@ -58,7 +58,7 @@ def measure(folder: Path, pairs: Sequence[Pair], meta: dict = META, **settings) 
 
 
 def corrupted(truth: np.ndarray, classes: int, seed: int) -> np.ndarray:
-    """A prediction: the truth moved by some pixels, with blocks of another class, and void filled."""
+    """A prediction: the ground truth shifted, with blocks of another class and void filled."""
     rng = np.random.default_rng(seed)
     prediction = np.roll(truth, rng.integers(-4, 5, 2), axis=(0, 1))
     for _ in range(4):
@@ -92,7 +92,7 @@ def camvid_pairs(camvid) -> list[Pair]:
 
 @pytest.fixture(params=['toy', 'camvid_pairs'])
 def data(request) -> tuple[list[Pair], dict]:
-    """Labels with void pixels and predictions for them; classes that are not there, too."""
+    """Labels with void pixels, and predictions that include absent classes."""
     meta = CityscapesDataset.METAINFO if request.param == 'toy' else CamVidDataset.METAINFO
     return request.getfixturevalue(request.param), meta
 
@@ -100,7 +100,7 @@ def data(request) -> tuple[list[Pair], dict]:
 # Against others
 
 
-def test_iou_is_that_of_scikit_learns_confusion_matrix(data, tmp_path):
+def test_iou_equals_scikit_learn(data, tmp_path):
     pairs, meta = data
     scores, metric = measure(tmp_path, pairs, meta)
     truth, prediction = (np.concatenate([pair[i].ravel() for pair in pairs]) for i in (2, 3))
@@ -113,7 +113,7 @@ def test_iou_is_that_of_scikit_learns_confusion_matrix(data, tmp_path):
     assert scores['mIoU'] / 100 == pytest.approx(np.nanmean(per_class), abs=1e-9)
 
 
-def test_scores_are_those_of_mmseg(data, tmp_path):
+def test_scores_equal_mmseg(data, tmp_path):
     pairs, meta = data
     MMLogger.get_instance('test_metric')
     theirs = IoUMetric(iou_metrics=['mIoU', 'mFscore'])
@@ -126,7 +126,7 @@ def test_scores_are_those_of_mmseg(data, tmp_path):
         assert scores[name] == pytest.approx(expected[name], abs=0.006)  # mmseg rounds to two digits
 
 
-def test_class_and_category_iou_are_those_of_cityscapes(toy, tmp_path):
+def test_class_and_category_iou_equal_cityscapesscripts(toy, tmp_path):
     labels = pytest.importorskip('cityscapesscripts.helpers.labels', reason='no cityscapesscripts')
     import cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling as official
 
@@ -154,12 +154,12 @@ def test_class_and_category_iou_are_those_of_cityscapes(toy, tmp_path):
 
 
 def boundary(mask: np.ndarray) -> np.ndarray:
-    """Pixels of a mask close to its edge, as arXiv 2103.16562 has them, one mask at a time."""
+    """Boundary pixels of one mask as defined in arXiv 2103.16562."""
     reach = max(1, round(0.02 * float(np.hypot(*mask.shape))))
     return mask & ~binary_erosion(mask, np.ones((3, 3)), iterations=reach, border_value=0)
 
 
-def test_boundary_iou_is_the_papers_on_labelled_pixels(data, tmp_path):
+def test_boundary_iou_follows_the_paper_on_labelled_pixels(data, tmp_path):
     pairs, meta = data
     scores, metric = measure(tmp_path, pairs, meta)
     both, either = np.zeros((2, len(meta['classes'])))
@@ -180,9 +180,9 @@ def test_boundary_iou_is_the_papers_on_labelled_pixels(data, tmp_path):
 # By hand
 
 
-def test_a_class_that_is_nowhere_counts_nowhere_and_one_only_predicted_counts_zero():
+def test_an_absent_class_is_ignored_and_a_class_only_predicted_scores_zero():
     confusion = np.array([[6, 2, 0, 0], [0, 2, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
-    confusion[0, 2] = 2  # cars are seen, though there are none
+    confusion[0, 2] = 2  # cars are predicted, but absent
     pixels = areas(confusion)
     per_class = class_scores(pixels, pixels)
     expected = dict(
@@ -203,7 +203,7 @@ def test_a_class_that_is_nowhere_counts_nowhere_and_one_only_predicted_counts_ze
 
 
 def made_up(folder: Path, count: int, seed: int = 0) -> list[Pair]:
-    """Images of noise whose predictions are right to a share of their own."""
+    """Random label maps whose predictions have varying accuracy."""
     rng = np.random.default_rng(seed)
     pairs = []
     for i in range(count):
@@ -215,7 +215,7 @@ def made_up(folder: Path, count: int, seed: int = 0) -> list[Pair]:
     return pairs
 
 
-def test_intervals_are_those_of_the_plain_bootstrap(tmp_path):
+def test_intervals_agree_with_the_ordinary_bootstrap(tmp_path):
     pairs = made_up(tmp_path, 80)
     _, metric = measure(tmp_path, pairs)
     draws = metric.totals.bootstrap_scores()
@@ -228,7 +228,7 @@ def test_intervals_are_those_of_the_plain_bootstrap(tmp_path):
     assert (bounds[0, :3] < bounds[1, :3]).all() and np.isnan(bounds[:, 3]).all()
 
 
-def test_sums_do_not_depend_on_order_or_on_the_number_of_processes(toy, tmp_path):
+def test_totals_do_not_depend_on_order_or_number_of_processes(toy, tmp_path):
     meta = CityscapesDataset.METAINFO
     folders = [tmp_path / name for name in ('one', 'backwards', 'three')]
     for folder in folders:
@@ -272,10 +272,10 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     for batch in samples(pairs):
         metric.process({}, batch)
         sizes.append(len(pickle.dumps(metric.results)))
-    assert sizes[-1] < 1.02 * sizes[7]  # the pictures of four worst and four best images are there by then
+    assert sizes[-1] < 1.02 * sizes[7]  # by then the pictures of the worst and best images are stored
 
 
-def test_rows_are_scores_of_each_image(toy, tmp_path):
+def test_each_row_has_the_scores_of_one_image(toy, tmp_path):
     meta = CityscapesDataset.METAINFO
     measure(tmp_path, toy, meta)
     with (tmp_path / 'per_image.csv').open() as file:
@@ -291,7 +291,7 @@ def test_rows_are_scores_of_each_image(toy, tmp_path):
         assert per_class == pytest.approx(iou(areas(metric.totals.confusion)), abs=1e-4, nan_ok=True)
 
 
-def test_the_worst_and_the_best_are_kept_and_drawn(tmp_path):
+def test_the_worst_and_best_images_are_kept_and_drawn(tmp_path):
     pairs = made_up(tmp_path, 30)
     _, metric = measure(tmp_path, pairs)
     with (tmp_path / 'per_image.csv').open() as file:
@@ -302,7 +302,7 @@ def test_the_worst_and_the_best_are_kept_and_drawn(tmp_path):
         assert len(example.pictures) == 4 and all(jpeg.startswith(b'\xff\xd8') for jpeg in example.pictures)
 
 
-def test_another_void(tmp_path):
+def test_another_ignore_index(tmp_path):
     pair = made_up(tmp_path, 1)[0]
     scores, metric = measure(tmp_path, [pair], ignore_index=2)
     assert metric.totals.confusion.sum() == (pair.truth != 2).sum()
@@ -323,14 +323,14 @@ def test_label_of_another_size_than_the_prediction(tmp_path):
         measure(tmp_path, [pair._replace(prediction=pair.prediction[:, 1:])])
 
 
-def test_ids_of_no_class(tmp_path):
+def test_foreign_ids(tmp_path):
     pair = made_up(tmp_path, 1)[0]
     pair.truth[0, 0] = 9
     with pytest.raises(UserError, match=r'000.png.label has id 9, but there are 4 classes \(0 to 3\) and 255'):
         measure(tmp_path, [pair])
 
 
-def test_nothing_but_void(tmp_path):
+def test_only_void(tmp_path):
     pair = made_up(tmp_path, 1)[0]
     pair.truth[:] = 255
     with pytest.raises(UserError, match=r'every pixel of the test set is void \(255\)'):

@@ -1,4 +1,4 @@
-"""Training seen while it runs: event files, validation pictures, curves."""
+"""Monitoring of training: event files, validation pictures and curves."""
 
 import json
 import math
@@ -25,7 +25,7 @@ from mmseg_volo_cli import main
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory) -> Path:
-    """The work dir of 4 iterations on toy streets, validated after 2 and 4 of them."""
+    """Work dir of 4 iterations on toy streets, with validation after iterations 2 and 4."""
     folder = tmp_path_factory.mktemp('trained')
     make_toy_streets(folder / 'toy', train=4, val=9, size=(96, 64))
     often = options('train_cfg.val_interval=2', 'default_hooks.logger.interval=1')
@@ -79,7 +79,7 @@ def test_the_same_few_images_are_drawn_whatever_the_size_of_the_data(tmp_path, b
 
 
 def log(work_dir: Path, start: str, steps: range, value: float, resume: bool | None = None, val: bool = False) -> Path:
-    """What mmengine writes for a run: ``value`` as every scalar."""
+    """Write the files that mmengine writes for a run, with ``value`` for each scalar."""
     folder = work_dir / start / 'vis_data'
     folder.mkdir(parents=True)
     records = [dict(lr=value, loss=value, time=0.1, iter=step, step=step) for step in steps]
@@ -92,7 +92,7 @@ def log(work_dir: Path, start: str, steps: range, value: float, resume: bool | N
 
 @pytest.fixture
 def drawn(monkeypatch) -> list[tuple]:
-    """Curves that matplotlib is asked to draw: name, iterations, values."""
+    """Curves passed to matplotlib: name, iterations, values."""
     curves = []
     original = Axes.plot
 
@@ -113,20 +113,20 @@ def test_the_curves_of_a_real_run_become_one_picture(trained, tmp_path, capsys):
     assert f'loss, lr, mIoU for {trained}' in capsys.readouterr().out
 
 
-def test_runs_are_named_by_their_work_dirs_and_may_lack_a_curve(tmp_path, drawn):
+def test_runs_are_named_by_work_dir_and_may_lack_a_curve(tmp_path, drawn):
     dirs = [str(log(tmp_path / 'd1', '1', range(3), 1.0, val=True)), str(log(tmp_path / 'd2', '1', range(2), 2.0))]
     plot([*dirs, dirs[0]], str(tmp_path / 'plot.png'))
     assert drawn[:2] == [('d1', [0, 1, 2], [1.0] * 3), ('d2', [0, 1], [2.0] * 2)]
-    assert drawn[4:] == [('d1', [0, 1, 2], [1.0] * 3), ('d2', [], [])]  # after loss and lr comes mIoU
+    assert drawn[4:] == [('d1', [0, 1, 2], [1.0] * 3), ('d2', [], [])]  # mIoU follows loss and lr
 
 
-def test_equal_names_are_told_apart_by_their_paths(tmp_path, drawn):
+def test_equal_names_become_paths(tmp_path, drawn):
     dirs = [str(log(tmp_path / parent / 'volo', '1', range(2), 1.0)) for parent in ('left', 'right')]
     plot(dirs, str(tmp_path / 'plot.png'))
     assert [name for name, _, _ in drawn[:2]] == dirs
 
 
-def test_a_resumed_run_goes_on_where_its_checkpoint_was(tmp_path, drawn):
+def test_a_resumed_run_continues_from_its_checkpoint(tmp_path, drawn):
     log(tmp_path, '20260101_000000', range(10, 60, 10), 1.0, val=True)
     log(tmp_path, '20260102_000000', range(40, 90, 10), 2.0, resume=True, val=True)
     log(tmp_path, '20260103_000000', range(0), 3.0, resume=True)
@@ -135,14 +135,14 @@ def test_a_resumed_run_goes_on_where_its_checkpoint_was(tmp_path, drawn):
         assert steps == list(range(10, 90, 10)) and values == [1.0] * 3 + [2.0] * 5
 
 
-def test_a_new_run_in_an_old_work_dir_stands_alone(tmp_path, drawn):
+def test_a_new_run_in_an_old_work_dir_is_plotted_alone(tmp_path, drawn):
     log(tmp_path, '20260101_000000', range(10, 60, 10), 1.0, val=True)
     log(tmp_path, '20260102_000000', range(50, 150, 50), 2.0, resume=False)
     plot([str(tmp_path)], str(tmp_path / 'plot.png'))
     assert [(steps, values) for _, steps, values in drawn] == [([50, 100], [2.0, 2.0])] * 2  # no mIoU yet
 
 
-def test_a_run_may_still_be_writing_and_may_have_diverged(tmp_path, drawn):
+def test_a_running_or_diverged_run_is_plotted(tmp_path, drawn):
     scalars = log(tmp_path, '1', range(3), math.nan) / '1/vis_data/scalars.json'
     scalars.write_text(scalars.read_text() + '{"lr": 0.1, "lo')
     plot([str(tmp_path)], str(tmp_path / 'plot.png'))

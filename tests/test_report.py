@@ -31,7 +31,7 @@ WORKERS = {'test_dataloader.num_workers': 0, 'test_dataloader.persistent_workers
 
 
 def random_checkpoint(path: Path, **options) -> Path:
-    """A segmentor of the tiny config with random weights, which sees a little of everything."""
+    """A segmentor of the tiny config with random weights, which predicts several classes."""
     cfg = Config.fromfile(CONFIG)
     cfg.merge_from_dict(options)
     init_default_scope('mmseg')
@@ -41,7 +41,7 @@ def random_checkpoint(path: Path, **options) -> Path:
         if isinstance(norm, torch.nn.BatchNorm2d):
             norm.momentum = 1
     with torch.no_grad():
-        model.train()(torch.randn(2, 3, 64, 96), mode='tensor')  # or it would see one class only
+        model.train()(torch.randn(2, 3, 64, 96), mode='tensor')  # otherwise it would predict a single class
     torch.save(model.state_dict(), path)
     return path
 
@@ -81,7 +81,7 @@ def test_scores_are_written_without_the_packages_of_the_report(package, tmp_path
 
 @pytest.fixture(scope='module')
 def measured(place) -> Path:
-    """What a test leaves."""
+    """Results of a test."""
     run(place, 'measured')
     return place / 'measured'
 
@@ -91,7 +91,7 @@ def record(measured) -> dict:
     return json.loads((measured / 'metrics.json').read_text())
 
 
-def test_a_test_leaves_numbers_pictures_and_a_page(measured):
+def test_a_test_writes_scores_pictures_and_a_page(measured):
     names = {path.name for path in measured.iterdir()}
     pictures = {'confusion.png', 'per_class.png'}
     assert names == {'metrics.json', 'bootstrap.npz', 'per_image.csv', 'report.html', *pictures}
@@ -99,7 +99,7 @@ def test_a_test_leaves_numbers_pictures_and_a_page(measured):
         assert Image.open(measured / name).width > 300
 
 
-def test_metrics_json_says_what_was_measured_with_what(place, record):
+def test_metrics_json_records_model_data_and_versions(place, record):
     assert set(record['metrics']) == {'mIoU', 'mAcc', 'aAcc', 'fwIoU', 'mBoundaryIoU'}
     for name in ('mIoU', 'aAcc'):
         low, high = record['intervals'][name]
@@ -122,11 +122,13 @@ def test_a_changed_option_changes_the_configs_hash(place, record):
     assert other['metrics'] == record['metrics'] and other['images_sha256'] == record['images_sha256']
 
 
-def test_the_page_needs_nothing_else(measured, record):
+def test_the_page_needs_no_other_files(measured, record):
     html = (measured / 'report.html').read_text()
     sources = re.findall(r'(?:src|href)="([^"]*)"', html)
     pictures = [base64.b64decode(re.fullmatch(r'data:image/(?:png|jpeg);base64,(.*)', source)[1]) for source in sources]
-    assert len(pictures) == 1 + 2 * 3 * 4  # confusion; worst and best, of which there are three each, in four pictures
+    assert (
+        len(pictures) == 1 + 2 * 3 * 4
+    )  # the confusion matrix; three worst and three best images with four pictures each
     assert all(Image.open(io.BytesIO(picture)).width <= 640 for picture in pictures[1:])
     assert 'http' not in html and '@import' not in html
     for name in ('mIoU', 'aAcc'):
@@ -135,8 +137,8 @@ def test_the_page_needs_nothing_else(measured, record):
     assert all(row['name'] in html for row in record['classes'])
 
 
-def test_several_processes_measure_the_same(place, measured, record):
-    # By fork, with gloo: mmengine's launchers take no CPU.
+def test_several_processes_give_the_same_scores(place, measured, record):
+    # Forked, with gloo: mmengine's launchers do not support CPUs.
     torch.multiprocessing.start_processes(_one_of_two, (place,), nprocs=2, start_method='fork')
     two = json.loads((place / 'two/metrics.json').read_text())
     for key in ('images', 'metrics', 'intervals', 'classes', 'images_sha256'):  # 3 images: 2 and 1
@@ -154,7 +156,7 @@ def _one_of_two(rank: int, place: Path) -> None:
 # Comparison
 
 
-def test_a_run_cannot_be_told_apart_from_itself(place, measured, capfd):
+def test_a_run_does_not_differ_from_itself(place, measured, capfd):
     run(place, 'again', compare=str(measured / 'metrics.json'))
     printed = capfd.readouterr()
     table = [line for line in (printed.out + printed.err).splitlines() if line.startswith('| mIoU ')]
@@ -164,7 +166,7 @@ def test_a_run_cannot_be_told_apart_from_itself(place, measured, capfd):
 
 
 def write_made_up(folder: Path, errors: float, images: str = 'same', classes=CamVidDataset.METAINFO['classes']) -> dict:
-    """Results of 40 images whose cars, 8, are right and whose skies, 0, are taken for buildings, 1, now and then."""
+    """Results of 40 images in which cars (8) are right and sky (0) is sometimes predicted as building (1)."""
     rng = np.random.default_rng(0)
     totals = Totals.of(len(classes))
     for i in range(40):
@@ -182,12 +184,12 @@ def write_made_up(folder: Path, errors: float, images: str = 'same', classes=Cam
     return dict(folder=folder, record=record, totals=totals, palette=CamVidDataset.METAINFO['palette'])
 
 
-def test_small_differences_show_when_they_are_the_same_way_in_all_images(tmp_path):
+def test_small_differences_in_the_same_direction_are_significant(tmp_path):
     write_results(**write_made_up(tmp_path / 'there', 0.30), other=None)
     here = write_made_up(tmp_path / 'here', 0.28)
     other = read_run(str(tmp_path / 'there/metrics.json'), CamVidDataset.METAINFO['classes'], 'same')
     low, high = here['record']['intervals']['aAcc']
-    assert low < other.record['metrics']['aAcc'] < high  # each interval for itself does not tell them apart
+    assert low < other.record['metrics']['aAcc'] < high  # the two intervals overlap
     write_results(**here, other=other)
     html = (tmp_path / 'here/report.html').read_text()
     rows = {
@@ -202,7 +204,7 @@ def test_small_differences_show_when_they_are_the_same_way_in_all_images(tmp_pat
     )
     gain = here['record']['classes'][0]['IoU'] - other.record['classes'][0]['IoU']
     assert rows['sky'][2] == f'{gain:.2f}'
-    assert rows['fence'] == ('–', '–', '–', '')  # nowhere in either
+    assert rows['fence'] == ('–', '–', '–', '')  # absent from both
     assert 'a&lt;b&gt;.png' in html
 
 
@@ -218,7 +220,7 @@ def test_small_differences_show_when_they_are_the_same_way_in_all_images(tmp_pat
     ],
     ids=['no file', 'no replicates', 'broken replicates', 'older file', 'list', 'no JSON'],
 )
-def test_comparing_with_what_is_no_result(spoil, message, tmp_path):
+def test_comparing_with_damaged_results(spoil, message, tmp_path):
     write_results(**write_made_up(tmp_path / 'there', 0.3), other=None)
     spoil(tmp_path / 'there')
     with pytest.raises(UserError, match=f'--compare .*metrics.json .*{message}.*test that checkpoint again'):
@@ -236,7 +238,7 @@ def test_comparing_with_other_classes_or_images(tmp_path):
         read_run(path, CamVidDataset.METAINFO['classes'], 'others')
 
 
-def test_many_classes_and_none_at_all_can_be_drawn(tmp_path):
+def test_pictures_work_for_many_classes_and_without_scores(tmp_path):
     many = [f'class {i}' for i in range(150)]
     made_up = write_made_up(tmp_path / 'many', 0.3, classes=many)
     write_results(**{**made_up, 'palette': [[i, i, i] for i in range(150)]}, other=None)
@@ -248,7 +250,7 @@ def test_many_classes_and_none_at_all_can_be_drawn(tmp_path):
 
 
 def predictions(options: dict, checkpoint: Path, folder: Path) -> dict[str, np.ndarray]:
-    """Label maps by mmseg's own call, by name."""
+    """Label maps of mmseg's own inference, by name."""
     cfg = Config.fromfile(CONFIG)
     cfg.merge_from_dict(options)
     model = init_model(cfg, device='cpu')
@@ -259,7 +261,7 @@ def predictions(options: dict, checkpoint: Path, folder: Path) -> dict[str, np.n
 
 @pytest.fixture(scope='module')
 def unlabelled(place) -> Path:
-    """A test set as benchmarks publish it."""
+    """A test set without labels."""
     shutil.copytree(place / 'toy/leftImg8bit', place / 'unlabelled/leftImg8bit')
     return place / 'unlabelled'
 
@@ -290,7 +292,7 @@ def test_ade20k_server_gets_classes_from_1(place, unlabelled):
         assert np.array_equal(ids, expected[name] + 1) and ids.max() <= 150
 
 
-def test_a_servers_label_maps_can_be_averaged_over_views(place, unlabelled):
+def test_label_maps_for_a_server_work_with_tta(place, unlabelled):
     pytest.importorskip('cityscapesscripts', reason='no cityscapesscripts')
     run(place, 'server_tta', data='unlabelled', server_format='cityscapes', tta=True)
     assert len(list((place / 'server_tta/cityscapes').iterdir())) == 3
@@ -359,6 +361,6 @@ def test_a_click_on_a_heading_sorts_the_images(browser, measured, tmp_path):
 def test_the_page_fits_a_phone_and_follows_the_colour_scheme(browser, measured, width, scheme):
     page = browser.new_page(viewport=dict(width=width, height=844), color_scheme=scheme)
     page.goto((measured / 'report.html').as_uri())
-    assert page.evaluate('document.documentElement.scrollWidth') == width  # nothing but tables scrolls sideways
+    assert page.evaluate('document.documentElement.scrollWidth') == width  # only tables scroll sideways
     red = int(re.search(r'\d+', page.evaluate('getComputedStyle(document.body).backgroundColor'))[0])
     assert (red < 64) == (scheme == 'dark')

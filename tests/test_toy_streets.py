@@ -17,7 +17,7 @@ from mmseg_volo_cli import main
 
 ROOT = Path(__file__).parents[1]
 SIZE = (128, 64)
-# Copied from cityscapesScripts' labels.py, on purpose not from the generator: id -> trainId.
+# id -> trainId, copied from cityscapesScripts' labels.py and deliberately not from the generator.
 CITYSCAPES = {0: 255, 1: 255, 7: 0, 8: 1, 11: 2, 17: 5, 20: 7, 21: 8, 23: 10, 24: 11, 26: 13}
 CITYSCAPES_NAMES = {0: 'road', 1: 'sidewalk', 2: 'building', 5: 'pole', 7: 'traffic sign', 8: 'vegetation'}
 CITYSCAPES_NAMES |= {10: 'sky', 11: 'person', 13: 'car'}
@@ -138,7 +138,7 @@ def test_mmseg_reads_it_as_cityscapes(streets, split, count):
         (dict(size=(100000, 128)), r'\(100000, 128\)'),
     ],
 )
-def test_impossible_parameters_are_named_and_nothing_is_written(tmp_path, changed, named):
+def test_invalid_parameters_are_named_and_nothing_is_written(tmp_path, changed, named):
     with pytest.raises(UserError, match=named):
         make_toy_streets(tmp_path / 'toy', **dict(train=1, val=1, size=SIZE) | changed)
     assert not any(tmp_path.iterdir())
@@ -182,7 +182,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch, failure, expecte
     assert len(written) == 4 and not any(tmp_path.iterdir())
 
 
-def test_a_folder_that_cannot_be_made_takes_one_sentence(tmp_path):
+def test_a_folder_that_cannot_be_created_gives_one_sentence(tmp_path):
     (tmp_path / 'file').write_text('mine')
     for out in (tmp_path / 'file', tmp_path / 'file' / 'toy'):
         with pytest.raises(UserError, match='file'):
@@ -206,19 +206,19 @@ def run_tool(*arguments: str | Path) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, TOOL, *arguments], capture_output=True, text=True, env=environment)
 
 
-def test_the_tool_writes_once_and_then_says_it_is_there(tmp_path, capsys):
+def test_the_tool_keeps_an_existing_data_set(tmp_path, capsys):
     arguments = [str(tmp_path / 'toy'), '--train', '2', '--val', '1', '--size', '64x32']
     first = run_tool(*arguments)
     assert first.returncode == 0, first.stderr
     assert len(list(tmp_path.rglob('*_leftImg8bit.png'))) == 3
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')}
-    assert main('toy-streets', arguments) == 0  # in this process: importing torch anew takes seconds
+    assert main('toy-streets', arguments) == 0  # in this process, because importing torch takes seconds
     said = capsys.readouterr().out
     assert 'already' in said and said.count('\n') == 1
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')} == files
 
 
-def test_the_tool_refuses_a_folder_of_something_else_and_leaves_it(tmp_path):
+def test_the_tool_refuses_and_keeps_a_folder_with_other_content(tmp_path):
     (tmp_path / 'photos').mkdir()
     (tmp_path / 'photos' / 'cat.jpg').write_bytes(b'meow')
     refused = run_tool(tmp_path / 'photos')

@@ -8,7 +8,7 @@ PALETTE = [[255, 0, 0], [0, 255, 0], [0, 0, 255]]
 CLASSES = ['red', 'green', 'blue']
 
 
-def test_overlay_mixes_known_ids_and_leaves_void_bare():
+def test_overlay_blends_classes_and_keeps_void_clear():
     image = np.full((2, 2, 3), 100, np.uint8)
     label = np.array([[0, 1], [2, 255]])
     mixed = np.asarray(overlay(image, label, PALETTE, opacity=0.5))
@@ -29,7 +29,7 @@ def legend_colours(label: np.ndarray) -> set[tuple]:
     return {colour for _, colour in page.getcolors(100000)} & {tuple(c) for c in PALETTE}
 
 
-def test_legend_shows_the_classes_present_and_no_others():
+def test_legend_shows_only_the_classes_present():
     label = np.zeros((60, 80), int)
     assert legend_colours(label) == {(255, 0, 0)}
     label[:10] = 2
