@@ -217,7 +217,7 @@ def test_flat_pictures_of_a_data_set_are_drawn_no_wider_than_a_screen(place, tmp
 def test_a_video_whose_name_is_no_text_is_refused(place, tmp_path):
     path = os.fsdecode(os.fsencode(tmp_path) + b'/\xff.avi')
     Path(path).touch()
-    with pytest.raises(UserError, match='OpenCV needs UTF-8'):
+    with pytest.raises(UserError, match='OpenCV requires UTF-8'):
         infer(CONFIG, str(place / 'random.pth'), [path], str(tmp_path / 'out'))
 
 
@@ -252,7 +252,7 @@ def test_another_run_that_is_damaged_is_refused_before_testing(tmp_path, damage)
     if damage == 'cut':
         whole = (tmp_path / 'bootstrap.npz').read_bytes()
         (tmp_path / 'bootstrap.npz').write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match='needs a metrics.json of tools/test.py with its bootstrap.npz'):
+    with pytest.raises(UserError, match='needs a metrics.json written by mmseg-volo test, with its bootstrap.npz'):
         read_run(str(tmp_path / 'metrics.json'), ['a'], '0')
 
 
