@@ -95,6 +95,7 @@ def load_config(path: str, options: dict) -> Config:
                 if 'data_root' in options:
                     settings['data_root'] = options['data_root']
                 _check_kinds(settings, {key: kind for key, kind in DATA_SET_KINDS.items() if key in settings})
+                _check_kinds(settings, {f'data_prefix.{name}': str for name in settings.get('data_prefix', {})})
                 _check_steps(settings.get('pipeline', []))
     _check_steps(cfg.get('tta_pipeline') or [])
     return cfg

@@ -66,6 +66,7 @@ def sentence(action, capsys) -> str:
         ({'test_dataloader.dataset': [1]}, r'test_dataloader.dataset must be of type dict, got \[1\]'),
         ({'train_dataloader.dataset.dataset': 1}, 'a data set must be a dict, got 1'),
         ({'train_dataloader.dataset.datasets': 1}, 'datasets must be of type .*, got 1'),
+        ({'train_dataloader.dataset.data_prefix.img_path': None}, 'data_prefix.img_path must be of type str, got None'),
         ({'data_root': 3}, 'data_root must be of type .*, got 3'),
         ({'test_dataloader.dataset.pipeline': 3}, 'a pipeline must be a list, got 3'),
         ({'tta_pipeline': [{'type': 'TestTimeAug', 'transforms': 3}]}, 'a pipeline must be a list, got 3'),
