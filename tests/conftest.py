@@ -27,4 +27,4 @@ def ade20k() -> Path:
 
 
 def pytest_configure() -> None:
-    torch.set_num_threads(1)  # two workers on two cores: more threads only wait for each other
+    torch.set_num_threads(1)  # two pytest workers share two cores, so more threads only wait for each other

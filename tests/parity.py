@@ -1,4 +1,4 @@
-"""How close is close: per dtype, the multiple of eager PyTorch's own error against float64 and a floor."""
+"""Tolerances: an error must stay below a multiple of eager PyTorch's error against float64, or below a floor."""
 
 import torch
 
@@ -11,14 +11,14 @@ TOLERANCES = {
 
 
 def error(actual: torch.Tensor, exact: torch.Tensor) -> float:
-    """Largest difference relative to the largest exact value; NaN and infinity fail."""
+    """Largest difference, relative to the largest exact value; NaN and infinity fail."""
     assert actual.shape == exact.shape, (actual.shape, exact.shape)
     assert torch.isfinite(actual).all(), 'not finite'
     return ((actual.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30)).item()
 
 
 def assert_close(actual: torch.Tensor, exact: torch.Tensor, eager_error: float = 0.0, what: str = '') -> None:
-    """Assert that ``actual`` errs at most the multiple of eager's error, or the floor, for its dtype."""
+    """Assert that the error of ``actual`` is within the tolerance of its dtype."""
     multiple, floor = TOLERANCES[actual.dtype]
     found = error(actual, exact)
     assert found <= max(multiple * eager_error, floor), (

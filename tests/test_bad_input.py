@@ -1,4 +1,4 @@
-"""Mistakes that tests/soak/bad_input.py has found, and tests of that script."""
+"""Bad input that tests/soak/bad_input.py has found, and tests of that script."""
 
 import importlib.util
 import json
@@ -44,7 +44,7 @@ def place(tmp_path_factory) -> Path:
 
 
 def sentence(action, capsys) -> str:
-    """The one sentence that ``action`` must end with."""
+    """The sentence with which ``action`` must end."""
     with pytest.raises(SystemExit) as end, one_sentence_errors():
         action()
     assert end.value.code == 2
@@ -129,7 +129,7 @@ def test_a_defect_keeps_its_traceback():
 
 def test_a_defect_of_ours_keeps_its_traceback_where_mmengine_builds(monkeypatch):
     init_default_scope('mmseg')
-    # The tail of a module of ours with a mistake in it: a call of a method that does not exist.
+    # The end of one of our modules, with a defect: it calls a method that does not exist.
     code = compile('def _freeze(self):\n    self.frozen_module()', str(ROOT / 'mmseg_volo/models/volo.py'), 'exec')
     exec(code, planted := {})
     monkeypatch.setattr(VOLO, '_freeze', planted['_freeze'])

@@ -19,7 +19,7 @@ from mmseg_volo.errors import UserError
 
 @pytest.fixture
 def small(monkeypatch):
-    """The benchmark at sizes that take no time."""
+    """The benchmark with sizes that run quickly."""
     monkeypatch.setattr(module, 'FORWARD', {'d1@32': 1})
     monkeypatch.setattr(module, 'TRAIN', {'d1@32': 1})
     monkeypatch.setattr(module, 'OPERATOR', {'d1@64': (1, 8, 8, 6)})
@@ -47,7 +47,7 @@ def test_no_speed_is_measured_where_parity_fails(small, monkeypatch, capsys):
     monkeypatch.setattr(module, 'outlook_attention', lambda *args, **geometry: right(*args, **geometry) * 1.01)
     with pytest.raises(UserError, match='parity failed, so no speed is measured: operator'):
         benchmark_backbone('cpu', quick=True)
-    assert 'floors:' not in capsys.readouterr().out  # nor is anything timed afterwards
+    assert 'floors:' not in capsys.readouterr().out  # and nothing is timed afterwards
 
 
 def test_a_nan_fails_parity():
@@ -65,7 +65,7 @@ def test_contenders_alternate():
 def test_live_memory_counts_saved_activations():
     x = torch.randn(1000, requires_grad=True)
     with LiveMemory() as memory:
-        y = x.exp().sum()  # keeps the exponentials
+        y = x.exp().sum()  # exp keeps its result for the backward pass
         kept = memory.live()
     assert kept == 4 * 1000 + 4
     del y

@@ -1,4 +1,4 @@
-"""Each mistake, planted in toy streets, gets its own message; sound data gets no error."""
+"""Each kind of damage to the toy streets gets its own message; sound data gets no error."""
 
 import gc
 import shutil
@@ -26,13 +26,13 @@ TRAIN, VAL = 8, 4
 def streets(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp('data') / 'streets'
     make_toy_streets(root, TRAIN, VAL, (96, 64))
-    gc.freeze()  # mmengine collects garbage with every data set it builds: 0.2 s each
+    gc.freeze()  # mmengine runs the garbage collector for every data set that it builds, which takes 0.2 s
     return root
 
 
 @pytest.fixture
 def copy(streets, tmp_path, monkeypatch) -> Path:
-    """A copy of the toy streets to damage, in the working directory."""
+    """A copy of the toy streets in the working directory, which a test may damage."""
     monkeypatch.chdir(tmp_path)
     return shutil.copytree(streets, tmp_path / 'toy')
 
@@ -54,7 +54,7 @@ def labels(root: Path, split: str = 'train') -> list[Path]:
 
 
 def change(path: Path, function) -> None:
-    """Replace the pixels of a picture by ``function(pixels)``."""
+    """Replace the pixels of an image file with ``function(pixels)``."""
     Image.fromarray(function(np.array(Image.open(path)))).save(path)
 
 
@@ -62,7 +62,7 @@ def jpeg(path: Path, quality: int = 50) -> None:
     Image.open(path).convert('L').save(path, format='JPEG', quality=quality)
 
 
-# Each function returns the number of wrong files.
+# Each function damages some files and returns their number.
 
 
 def image_without_label(root):
@@ -118,7 +118,7 @@ def jpeg_named_png(root):
 
 def png_that_was_a_jpeg(root):
     for path in labels(root):
-        change(path, lambda label: np.where(label == 10, np.uint8(255), label))  # sky as void: high edges
+        change(path, lambda label: np.where(label == 10, np.uint8(255), label))  # void gives edges of high contrast
         jpeg(path)
         change(path, np.copy)
     return TRAIN
@@ -271,7 +271,7 @@ def test_exif_rotation_is_applied_as_in_training(copy):
     image = files(copy, 'leftImg8bit')[0]
     turned = Image.open(image).transpose(Image.Transpose.ROTATE_90)
     exif = turned.getexif()
-    exif[0x0112] = 6  # a viewer turns it back
+    exif[0x0112] = 6  # image viewers rotate it back
     turned.save(image, exif=exif)
     assert errors(check(copy)) == []
 

@@ -1,4 +1,4 @@
-"""A run that is stopped leaves whole checkpoints, and a resumed one ends as an undisturbed one does."""
+"""A stopped run leaves complete checkpoints; a resumed run ends with the same weights as an uninterrupted one."""
 
 import os
 import signal
@@ -70,7 +70,7 @@ def run(toy: Path, work_dir: Path, *hooks: dict, **settings: object):
 
 @pytest.fixture(scope='module')
 def whole(toy, tmp_path_factory) -> Path:
-    """Work dir of an undisturbed run."""
+    """Work dir of an uninterrupted run."""
     work_dir = tmp_path_factory.mktemp('whole')
     run(toy, work_dir, seed=0)
     return work_dir
@@ -96,7 +96,7 @@ def test_a_run_struck_by_lightning_ends_as_if_it_had_not_been(toy, whole, tmp_pa
     with pytest.raises(Lightning):
         run(toy, tmp_path, dict(type='DoAtHook', iteration=3), seed=0)
     (tmp_path / '.partial-iter_4.pth').write_bytes(b'half of')
-    run(toy, tmp_path, resume='auto')  # the seed is the checkpoint's
+    run(toy, tmp_path, resume='auto')  # the seed comes from the checkpoint
     assert_ended_as(tmp_path, whole)
 
 

@@ -1,4 +1,4 @@
-"""The command line: quick help, one sentence for mistakes, the same commands everywhere."""
+"""The command line: fast help, one sentence for each mistake, the same flags in every command."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from mmseg_volo.config import find_config, parse_options, shipped_configs
 from mmseg_volo.errors import UserError
 from mmseg_volo_cli import COMMANDS, main, parser
 
-WITHOUT_TOOL = {'completion'}  # serves the installed command
+WITHOUT_TOOL = {'completion'}  # only of use for the installed command
 
 
 def python(*words: str, **environment: str) -> subprocess.CompletedProcess:

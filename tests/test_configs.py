@@ -25,7 +25,7 @@ GRID = [
 
 
 def bases_of(path: Path) -> set[str]:
-    """Names of the bases that a config reads, directly or through others."""
+    """Names of the base configs that a config inherits, directly or indirectly."""
     found = set()
     for dots, module in re.findall(r'^    from (\.+)([\w.]+) import \*$', path.read_text(), re.MULTILINE):
         base = path.parents[len(dots) - 1] / f'{module.replace(".", "/")}.py'
@@ -75,7 +75,7 @@ def test_leaf_is_short_and_states_its_batch(leaf):
 
 
 def flat(node, prefix: str = '') -> dict[str, object]:
-    """Values by their path, such as ``model.backbone.arch``."""
+    """Values by path, such as ``model.backbone.arch``."""
     if isinstance(node, dict):
         return {path: value for key in node for path, value in flat(node[key], f'{prefix}.{key}').items()}
     return {prefix.removeprefix('.'): node}
@@ -110,7 +110,7 @@ def test_a_config_outside_inherits_by_the_name_of_the_package(tmp_path, monkeypa
 
 @pytest.mark.parametrize('leaf', LEAVES)
 def test_leaf_builds_and_its_parts_fit(leaf, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # loads from any directory
+    monkeypatch.chdir(tmp_path)  # so that relative paths would fail
     cfg, model = build(leaf)
     backbone = model.backbone
     assert isinstance(backbone, VOLO)
@@ -145,7 +145,7 @@ def test_upstream_types_are_strings(leaf):
 def test_test_setup_equals_validation(leaf):
     cfg = load(leaf)
     val, test = cfg.val_dataloader.to_dict(), cfg.test_dataloader.to_dict()
-    if 'camvid' in leaf:  # the one data set that has a labelled test split
+    if 'camvid' in leaf:  # the only data set with a labelled test split
         assert test['dataset'].pop('data_prefix') != val['dataset'].pop('data_prefix')
     assert val == test and cfg.val_evaluator == cfg.test_evaluator
 

@@ -37,7 +37,7 @@ def environment() -> dict:
 
 @pytest.fixture(scope='module')
 def piped(place) -> str:
-    """What the command prints into a pipe."""
+    """What the command writes to a pipe."""
     command = [*COMMAND, 'data_root=toy', 'work_dir=piped']
     done = subprocess.run(command, cwd=place, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -46,7 +46,7 @@ def piped(place) -> str:
 
 
 def on_a_terminal(command: list[str], folder: Path) -> str:
-    """What ``command`` prints on a terminal of 30 rows and 100 columns."""
+    """What ``command`` writes to a terminal with 30 rows and 100 columns."""
     size = 'stty rows 30 cols 100; exec "$@"'
     pid, terminal = pty.fork()
     if pid == 0:
@@ -56,7 +56,7 @@ def on_a_terminal(command: list[str], folder: Path) -> str:
     while True:
         try:
             chunk = os.read(terminal, 65536)
-        except OSError:  # Linux' way to say that the other side has closed
+        except OSError:  # on Linux, reading fails when the other end has closed
             break
         if not chunk:
             break
@@ -71,7 +71,7 @@ def test_a_pipe_gets_plain_lines_at_every_interval_and_nothing_else(piped):
     assert [line.split('  ')[0] for line in lines if 'Iter(' in line] == [
         'Iter(train) [2/4]',
         'Iter(train) [4/4]',
-        'Iter(val) [2/2]',  # the speed, and then the scores
+        'Iter(val) [2/2]',  # a line with the speed, and one with the scores
         'Iter(val) [2/2]',
     ]
     assert re.search(r'eta: 0:00:\d\d .* loss: \d', lines[2])
@@ -92,7 +92,7 @@ def test_the_log_file_and_the_scalars_are_complete(place, piped):
     text = log.read_text()
     for part in ('System environment:', 'Config:', 'Hooks will be executed', 'Iter(train) [4/4]', 'best checkpoint:'):
         assert part in text
-    assert re.search(r'\| +road +\|', text) and 'UserWarning' in text  # tables, Python's warnings
+    assert re.search(r'\| +road +\|', text) and 'UserWarning' in text  # tables and Python's warnings
     (scalars,) = (place / 'piped').rglob('scalars.json')
     rows = [json.loads(line) for line in scalars.read_text().splitlines()]
     assert [row['step'] for row in rows] == [2, 4, 4] and 'mIoU' in rows[-1]

@@ -1,4 +1,4 @@
-"""Data sets: their classes, and the real images where they are available."""
+"""Data sets: their classes, and real images where they are available."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def write(path, pixels):
 
 @pytest.fixture
 def small_camvid(tmp_path):
-    """The layout of CamVid with random pixels."""
+    """CamVid's folders with random pixels."""
     for split in ('train', 'val', 'test'):
         for name in ('a', 'b'):
             write(tmp_path / f'images/{split}/{name}.jpg', np.random.randint(0, 255, (36, 48, 3), np.uint8))
@@ -55,7 +55,7 @@ def test_camvid_reads_its_layout_from_any_root(small_camvid):
 def test_a_train_crop_has_the_crop_size(small_camvid):
     cfg = load_config(str(ROOT / 'configs/volo_tiny_camvid.py'), {'data_root': str(small_camvid)})
     init_default_scope('mmseg')
-    cfg.train_dataloader.dataset.pipeline[3].ratio_range = (1.0, 1.4)  # smaller images give smaller crops
+    cfg.train_dataloader.dataset.pipeline[3].ratio_range = (1.0, 1.4)  # crops of smaller images would be smaller
     sample = DATASETS.build(cfg.train_dataloader.dataset)[0]
     assert sample['inputs'].shape[1:] == sample['data_samples'].gt_sem_seg.data.shape[1:] == (240, 320)
 

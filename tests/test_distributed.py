@@ -1,4 +1,4 @@
-"""Distributed runs on a CPU: equal results, and errors that keep their reason."""
+"""Distributed runs on a CPU: results match a single process, and errors keep their cause."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ from mmseg_volo.error_messages import one_sentence_errors
 from mmseg_volo.errors import UserError
 from mmseg_volo.ops import outlook_attention
 
-SHARES = 3, 1  # images of each process
+SHARES = 3, 1  # number of images per process
 HEADS, WIDTH, SIZE = 2, 4, (6, 5)
 
 
@@ -58,7 +58,7 @@ def images() -> Tensor:
 
 
 def step(model: nn.Module, x: Tensor, processes: int) -> None:
-    """Backward pass of a loss that is a sum over images; DDP averages over processes."""
+    """Run the backward pass of a loss that sums over images; DDP averages over processes."""
     y = model.train()(x)
     weights = torch.linspace(0, 1, y[0].numel(), dtype=y.dtype).view_as(y[0])
     (processes * (y * weights).sin()).sum().backward()
@@ -83,9 +83,9 @@ def one_of_two(folder: Path) -> None:
 
 
 def run_two(function: Callable[[Path], None], folder: Path) -> list[tuple[int, str]]:
-    """Exit status and stderr of two fresh processes; forks could deadlock on locks that pytest's threads hold."""
+    """Exit status and stderr of two new processes. A fork could deadlock on locks that pytest's threads hold."""
     call = f'import test_distributed as t; from pathlib import Path; t.{function.__name__}(Path({str(folder)!r}))'
-    call += '; t.dist.barrier(); t.os._exit(0)'  # gloo sometimes aborts while its threads are taken down
+    call += '; t.dist.barrier(); t.os._exit(0)'  # gloo sometimes aborts while its threads shut down
     paths = os.pathsep.join([str(ROOT), str(ROOT / 'tests')])
     processes = [
         subprocess.Popen(
@@ -107,7 +107,7 @@ def run_two(function: Callable[[Path], None], folder: Path) -> list[tuple[int, s
 
 @pytest.fixture(scope='module')
 def two(tmp_path_factory) -> list[dict[str, Tensor]]:
-    """Results of each of two processes after a step with unequal shares of the batch."""
+    """Results of two processes after a step with different numbers of images."""
     folder = tmp_path_factory.mktemp('two')
     for status, said in run_two(one_of_two, folder):
         assert status == 0, said
@@ -128,7 +128,7 @@ def test_two_processes_have_the_statistics_and_gradients_of_one(two):
 
 
 def skip_bad_batch(folder: Path) -> None:
-    """Two steps; in the second one process has an image of NaN."""
+    """Take two steps; in the second step, one process has an image of NaN."""
     rank = int(os.environ['RANK'])
     dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
     model = CPUDataParallel(convert_sync_batchnorm(Outlook()), broadcast_buffers=False)
@@ -156,7 +156,7 @@ def test_a_bad_batch_of_one_process_is_skipped_by_both(tmp_path):
 
 
 def skip_bad_share(folder: Path) -> None:
-    """A step of a sharded model, with clipping, after which one gradient in one share is infinite."""
+    """Take a step of a sharded model with clipping, where one gradient in one shard is infinite."""
     rank = int(os.environ['RANK'])
     dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
     model = fully_shard(nn.Linear(4, 4), mesh=init_device_mesh('cpu', (2,)))
@@ -246,7 +246,7 @@ def test_a_mistake_that_all_processes_make_is_said_once(tmp_path):
     assert 'mmseg_volo_cli.py", line' not in done.stderr
 
 
-# Messages of PyTorch 2.11 after a process was killed or stopped answering; NCCL's is from its source code.
+# Messages of PyTorch 2.11 after a process was killed or stopped responding; NCCL's is from its source code.
 @pytest.mark.parametrize(
     ('kind', 'message'),
     [
@@ -309,7 +309,7 @@ def test_a_defect_that_gloo_meets_keeps_its_traceback():
 
 
 def leave_one(folder: Path) -> None:
-    """One of two processes; the other one ends before they meet a second time."""
+    """Run as one of two processes; the other process exits before the second all-reduce."""
     rank = int(os.environ['RANK'])
     dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
     dist.all_reduce(torch.ones(1))

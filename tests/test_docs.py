@@ -1,4 +1,4 @@
-"""README and docs/: commands parse, configs exist, links and anchors lead somewhere."""
+"""README and docs/: commands parse, configs exist, and links and anchors have targets."""
 
 import argparse
 import re
@@ -20,7 +20,7 @@ def page_id(path: Path) -> str:
 
 
 def commands(text: str) -> list[tuple[str, str]]:
-    """(line, its arguments from the command's name on) for each command in code blocks and code spans."""
+    """Each command in code blocks and code spans: (line, arguments after the program's name)."""
     blocks = re.findall(r'^```(?:bash|console|sh)\n(.*?)^```', text, re.MULTILINE | re.DOTALL)
     lines = '\n'.join(blocks).replace('\\\n', ' ').splitlines()
     outside = re.sub(r'^(```|~~~).*?^\1', '', text, flags=re.MULTILINE | re.DOTALL)
@@ -52,7 +52,7 @@ def test_commands_parse(page, capsys):
     for line, arguments in commands(page.read_text()):
         words = shlex.split(arguments.replace('$BACK', 'a=b'))
         assert words[0] in mmseg_volo_cli.COMMANDS, f'no command {words[0]!r}: {line}'
-        if len(words) == 1 or words[1].startswith('--') or {'...', '…'} & set(words):  # a part of a command line
+        if len(words) == 1 or words[1].startswith('--') or {'...', '…'} & set(words):  # not a whole command
             known = option_names(words[0])
             assert all(word in known for word in words if word.startswith('--')), line
             continue

@@ -1,4 +1,4 @@
-"""Commands without the packages that only an extra installs."""
+"""Commands in an environment without the optional packages."""
 
 import sys
 
@@ -12,7 +12,7 @@ from mmseg_volo.errors import UserError
 
 
 def hide(monkeypatch, *modules: str) -> None:
-    """Let imports of the modules fail."""
+    """Make imports of the modules fail."""
     for module in modules:
         for name in [name for name in sys.modules if name.partition('.')[0] == module]:
             monkeypatch.setitem(sys.modules, name, None)
@@ -37,5 +37,5 @@ def test_training_goes_on_without_tensorboard(monkeypatch):
     assert not without_tensorboard(cfg) and len(cfg.visualizer.vis_backends) == 2
     monkeypatch.setattr(_extras, 'find_spec', lambda name: None)
     assert without_tensorboard(cfg) and [backend.type for backend in cfg.visualizer.vis_backends] == ['LocalVisBackend']
-    assert not without_tensorboard(cfg)  # nothing is left to remove
+    assert not without_tensorboard(cfg)  # nothing is left behind
     assert not without_tensorboard(load_config('volo_tiny_toy_streets', dict(visualizer=dict(vis_backends=None))))

@@ -71,7 +71,7 @@ def scenes(place: Path) -> list[Path]:
 
 
 def expected(place: Path, checkpoint: str, options: dict, tta: bool = False) -> list[np.ndarray]:
-    """Labels of the val scenes from the test loop."""
+    """Predictions of the test loop for the val scenes."""
     cfg = load_config(CONFIG, {'data_root': str(place / 'toy'), **options})
     init_default_scope('mmseg')
     model = MODELS.build(cfg.model).eval()
@@ -144,7 +144,7 @@ def turned(image: Image.Image, orientation: int) -> dict:
 
 
 def save_deep(image: Image.Image, path: Path) -> None:
-    """As 16 bits, whose high byte alone exceeds the nearest 8-bit value by up to 1."""
+    """Save with 16 bits per channel; the high byte differs from the nearest 8-bit value by up to 1."""
     pixels = np.asarray(image) if image.mode == 'L' else np.asarray(image)[..., ::-1]
     cv2.imwrite(str(path), (pixels.astype(int) * 257 + 120).clip(max=65535).astype(np.uint16))
 
@@ -190,7 +190,7 @@ def seen(place, checkpoint) -> Path:
 
 
 def named(name: str) -> str:
-    """Outputs are named by stem unless stems repeat."""
+    """Outputs are named by stem, or by file name where stems repeat."""
     stem = Path(name).stem
     return f'{name}.png' if sum(Path(other).stem == stem for other in KINDS) > 1 else f'{stem}.png'
 
@@ -235,7 +235,7 @@ def test_a_picture_above_opencvs_limit_names_the_remedy(checkpoint, tmp_path):
         infer(CONFIG, checkpoint, [str(tmp_path / 'huge.png')], str(tmp_path / 'out'))
 
 
-# Which files, and what their results are called.
+# Which files are read, and the names of their results.
 
 
 def test_a_folder_includes_subfolders_but_no_earlier_results(place, checkpoint, tmp_path):
@@ -354,7 +354,7 @@ def test_a_full_disk_leaves_no_partial_video(place, checkpoint, tmp_path, size, 
 
 @contextmanager
 def small_disk(size: int) -> Iterator[None]:
-    """Limit file sizes to ``size``; Python ignores the signal, so writing fails as on a full disk."""
+    """Limit the size of files to ``size``. Python ignores the signal, so writing fails as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
@@ -407,7 +407,7 @@ def test_drawing_makes_no_copy_of_a_huge_picture():
 def test_strips_of_a_tall_picture_are_blended_as_the_whole(opacity):
     generator = np.random.default_rng(0)
     image = generator.integers(0, 256, (700, 5, 3), np.uint8)
-    label = generator.integers(0, 4, (700, 5))  # 3 has no colour
+    label = generator.integers(0, 4, (700, 5))  # class 3 has no colour
     exact = image * (1 - opacity) + PALETTE[label.clip(max=2)] * opacity
     exact[label == 3] = image[label == 3]
     np.testing.assert_allclose(np.asarray(overlay(image, label, PALETTE, opacity)), exact, atol=0.501)

@@ -41,7 +41,7 @@ def segmentor(**backbone) -> nn.Module:
 
 
 def optimizer(model: nn.Module, paramwise_cfg=None, **options):
-    """The optimizer as a config makes it."""
+    """The optimizer that a config builds."""
     return build_optim_wrapper(
         model,
         dict(
@@ -54,7 +54,7 @@ def optimizer(model: nn.Module, paramwise_cfg=None, **options):
 
 
 def groups_by_name(model: nn.Module, **kwargs) -> dict[str, dict]:
-    """Parameter group of each parameter that is optimised."""
+    """Parameter group of each trained parameter."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {names[id(p)]: group for group in optimizer(model, **kwargs).param_groups for p in group['params']}
 
@@ -68,7 +68,7 @@ def learning_rate(model: nn.Module, prefix: str) -> float:
 
 @pytest.fixture
 def log():
-    """Lines that mmengine's current logger gets during a test."""
+    """Lines that mmengine's logger receives during a test."""
     lines = []
     handler = logging.Handler(logging.INFO)
     handler.emit = lambda record: lines.append(record.getMessage())

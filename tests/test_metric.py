@@ -49,7 +49,7 @@ def samples(pairs: Iterable[Pair]) -> Iterable[list[dict]]:
 
 
 def measure(folder: Path, pairs: Sequence[Pair], meta: dict = META, **settings) -> tuple[dict, SegmentationMetric]:
-    """The mean scores and the metric, which holds the totals."""
+    """The mean scores, and the metric with its totals."""
     metric = SegmentationMetric(str(folder), **{'root': str(Path(pairs[0].image).parent), **settings})
     metric.dataset_meta = meta
     for batch in samples(pairs):
@@ -58,7 +58,7 @@ def measure(folder: Path, pairs: Sequence[Pair], meta: dict = META, **settings) 
 
 
 def corrupted(truth: np.ndarray, classes: int, seed: int) -> np.ndarray:
-    """A prediction: the ground truth shifted, with blocks of another class and void filled."""
+    """A prediction: the shifted ground truth, with blocks of other classes and void filled in."""
     rng = np.random.default_rng(seed)
     prediction = np.roll(truth, rng.integers(-4, 5, 2), axis=(0, 1))
     for _ in range(4):
@@ -97,7 +97,7 @@ def data(request) -> tuple[list[Pair], dict]:
     return request.getfixturevalue(request.param), meta
 
 
-# Against others
+# Comparison with other implementations
 
 
 def test_iou_equals_scikit_learn(data, tmp_path):
@@ -177,7 +177,7 @@ def test_boundary_iou_follows_the_paper_on_labelled_pixels(data, tmp_path):
     assert scores['mBoundaryIoU'] < scores['mIoU']
 
 
-# By hand
+# Computed by hand
 
 
 def test_an_absent_class_is_ignored_and_a_class_only_predicted_scores_zero():
@@ -203,7 +203,7 @@ def test_an_absent_class_is_ignored_and_a_class_only_predicted_scores_zero():
 
 
 def made_up(folder: Path, count: int, seed: int = 0) -> list[Pair]:
-    """Random label maps whose predictions have varying accuracy."""
+    """Random label maps, and predictions of varying accuracy."""
     rng = np.random.default_rng(seed)
     pairs = []
     for i in range(count):
@@ -247,7 +247,7 @@ def test_totals_do_not_depend_on_order_or_number_of_processes(toy, tmp_path):
     rows = (folders[0] / 'per_image.csv').read_text()
     assert (folders[2] / 'per_image.csv').read_text() == rows
     assert sorted((folders[1] / 'per_image.csv').read_text().splitlines()) == sorted(rows.splitlines())
-    assert {path.name for path in folders[2].iterdir()} == {'per_image.csv', 'totals.pkl'}  # no parts left
+    assert {path.name for path in folders[2].iterdir()} == {'per_image.csv', 'totals.pkl'}  # the parts are removed
 
 
 def _one_of_three(rank: int, folder: Path, pairs: list[Pair], meta: dict) -> None:
@@ -272,7 +272,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     for batch in samples(pairs):
         metric.process({}, batch)
         sizes.append(len(pickle.dumps(metric.results)))
-    assert sizes[-1] < 1.02 * sizes[7]  # by then the pictures of the worst and best images are stored
+    assert sizes[-1] < 1.02 * sizes[7]  # the pictures of the worst and best images are already stored
 
 
 def test_each_row_has_the_scores_of_one_image(toy, tmp_path):
@@ -314,7 +314,7 @@ def test_an_empty_total_has_no_scores():
     assert all(np.isnan(value) for value in mean_scores(areas(totals.confusion), totals.edges).values())
 
 
-# What a user can get wrong
+# Wrong input
 
 
 def test_label_of_another_size_than_the_prediction(tmp_path):

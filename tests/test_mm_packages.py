@@ -15,7 +15,7 @@ OPENMMLAB = ('mmengine', 'mmcv', 'mmsegmentation')
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Pretend that these distributions are installed and these import names are not there."""
+    """Pretend that these distributions are installed and that these modules cannot be imported."""
 
     def pretend(installed=ONEDL, missing=()):
         monkeypatch.setattr(_mm_packages, '_installed', lambda name: name in installed)
@@ -49,7 +49,7 @@ def test_two_families_over_each_other_are_named_with_what_to_type(machine, secon
     sentence = _mm_packages.why_not_usable()
     assert sentence.startswith(f'{first} and {second} are both installed and overwrite each other; type: ')
     uninstalled = re.search(rf'pip uninstall -y (.*) && {INSTALL}$', sentence)[1].split()
-    assert sorted(uninstalled) == sorted((*ONEDL, second))  # what overlaps is broken even where it stays
+    assert sorted(uninstalled) == sorted((*ONEDL, second))  # uninstalling one breaks files of the other
 
 
 def test_two_families_side_by_side_are_left_alone(machine):
@@ -103,4 +103,4 @@ def test_importing_without_the_mm_packages_says_in_one_sentence_what_to_type(hid
     assert result.stderr.splitlines()[-1] == (
         f'ImportError: mmseg_volo needs {", ".join(hidden)}, not installed here; type: {INSTALL}'
     )
-    assert 'During handling' not in result.stderr  # the sentence, not what it replaces
+    assert 'During handling' not in result.stderr  # our sentence instead of the ImportError

@@ -50,7 +50,7 @@ def results(function, logits, value, geometry, dtype):
 
 @pytest.fixture
 def force(monkeypatch):
-    """Choose an implementation; skip where it cannot run, with its reason."""
+    """Choose an implementation, or skip with the reason why it cannot run."""
 
     def choose_or_skip(name, logits, value, geometry):
         reason = why_not(name, logits, value, geometry['kernel_size'], geometry['stride'])
@@ -62,7 +62,7 @@ def force(monkeypatch):
 
 
 def by_definition(logits, value, *, kernel_size, stride, scale):
-    """Section 3.1 of the paper in loops: every window position receives its own mixture of the window's values."""
+    """Section 3.1 of the paper in loops: each position of a window is a weighted sum of the window's values."""
     B, H, W, C = value.shape
     _, h, w, N, K, _ = logits.shape
     d, r = C // N, kernel_size // 2

@@ -79,7 +79,7 @@ def test_the_same_few_images_are_drawn_whatever_the_size_of_the_data(tmp_path, b
 
 
 def log(work_dir: Path, start: str, steps: range, value: float, resume: bool | None = None, val: bool = False) -> Path:
-    """Write the files that mmengine writes for a run, with ``value`` for each scalar."""
+    """Write a run's log files as mmengine does, with ``value`` for each scalar."""
     folder = work_dir / start / 'vis_data'
     folder.mkdir(parents=True)
     records = [dict(lr=value, loss=value, time=0.1, iter=step, step=step) for step in steps]
@@ -139,7 +139,7 @@ def test_a_new_run_in_an_old_work_dir_is_plotted_alone(tmp_path, drawn):
     log(tmp_path, '20260101_000000', range(10, 60, 10), 1.0, val=True)
     log(tmp_path, '20260102_000000', range(50, 150, 50), 2.0, resume=False)
     plot([str(tmp_path)], str(tmp_path / 'plot.png'))
-    assert [(steps, values) for _, steps, values in drawn] == [([50, 100], [2.0, 2.0])] * 2  # no mIoU yet
+    assert [(steps, values) for _, steps, values in drawn] == [([50, 100], [2.0, 2.0])] * 2  # mIoU is missing
 
 
 def test_a_running_or_diverged_run_is_plotted(tmp_path, drawn):

@@ -48,7 +48,7 @@ CLASSIFIER_KEYS = {
 
 
 def randomised(model: nn.Module) -> nn.Module:
-    """``model`` with no tensor, counters and running statistics included, at its initial value."""
+    """``model`` with random values in every tensor, including counters and running statistics."""
     for tensor in model.state_dict().values():
         tensor.copy_(torch.rand(tensor.shape) + 2 if tensor.is_floating_point() else torch.full_like(tensor, 7))
     return model
@@ -59,7 +59,7 @@ def backbone_state(**kwargs) -> dict:
 
 
 def imagenet_state() -> dict:
-    """What an ImageNet checkpoint of VOLO-tiny would hold: no output norms, but a classifier."""
+    """Contents of an ImageNet checkpoint of VOLO-tiny: a classifier, but no output norms."""
     state = {key: tensor for key, tensor in backbone_state().items() if not key.startswith('norm')}
     return state | {key: torch.rand(shape) for key, shape in CLASSIFIER_KEYS.items()}
 
@@ -80,7 +80,7 @@ def saved(contents, path, **kwargs):
 
 
 def assert_holds(model: nn.Module, state: dict, but: tuple[str, ...] = ()) -> None:
-    """Assert that ``model``'s tensors are those of ``state``, but output norms it lacks and the keys of ``but``."""
+    """Assert that ``model`` holds the tensors of ``state``, except missing output norms and the keys in ``but``."""
     compared = 0
     for key, tensor in model.state_dict().items():
         if key in but or (key.startswith('norm') and key not in state):
@@ -112,7 +112,7 @@ def segmentor(classes: int = 4, **backbone) -> nn.Module:
 
 
 def one_line(error) -> str:
-    """The sentence of a ``UserError`` from ``pytest.raises``, which has one line and no advice to run code."""
+    """The message of a ``UserError``, which must be one line without advice to run code."""
     sentence = str(error.value)
     assert sentence and '\n' not in sentence and 'set to `False`' not in sentence
     return sentence
@@ -120,7 +120,7 @@ def one_line(error) -> str:
 
 @pytest.fixture
 def log():
-    """Lines that mmengine's current logger gets during a test."""
+    """Lines that mmengine's logger receives during a test."""
     lines = []
     handler = logging.Handler(logging.INFO)
     handler.emit = lambda record: lines.append(record.getMessage())
@@ -198,7 +198,7 @@ def test_a_training_checkpoint_of_mmengine_is_read_whole(tmp_path):
     contents = training_checkpoint(randomised(VOLO('tiny')))
     path = saved(contents, tmp_path / 'iter_3.pth')
     unusual = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    assert {'builtins.getattr', 'mmengine.logging.history_buffer.HistoryBuffer'} <= set(unusual)  # else no test
+    assert {'builtins.getattr', 'mmengine.logging.history_buffer.HistoryBuffer'} <= set(unusual)
     read = read_checkpoint(path)
     assert read['meta'] == contents['meta']
     assert read['param_schedulers'] == contents['param_schedulers']
@@ -230,7 +230,7 @@ def test_a_segmentor_loads_its_backbones_checkpoint(tmp_path):
     assert_holds(model.backbone, state)
 
 
-# Fitting it to the model
+# Fitting a checkpoint to the model
 
 
 @pytest.mark.parametrize('size', [(96, 160), (32, 32), (64, 128)], ids=str)
@@ -256,7 +256,7 @@ def test_stem_is_adapted_from_rgb(tmp_path, in_channels):
     state = imagenet_state()
     rgb = state['patch_embed.conv.0.weight']
     model = loaded(saved(state, tmp_path / 'volo.pth'), in_channels=in_channels)
-    # Grey images look as they do in RGB; further channels repeat R, G, B with the sum's scale kept.
+    # A grey image gives the same output as in RGB. More channels repeat R, G and B, scaled so that the sum is kept.
     expected = rgb.sum(1, keepdim=True) if in_channels == 1 else torch.cat([rgb, rgb[:, :1]], 1) * 3 / 4
     assert torch.allclose(model.patch_embed.conv[0].weight, expected)
     assert_holds(model, state, but=('patch_embed.conv.0.weight',))
@@ -330,11 +330,11 @@ def test_timms_classifier_gives_timms_features_at_another_size(d1_file):
         assert_close(a, e, what=f'stage {stage}')
 
 
-# Not fitting
+# Checkpoints that do not fit
 
 
 def failing_load(monkeypatch, model: VOLO, state: dict) -> str:
-    """The sentence that refuses ``state``, after which ``model`` is as it was."""
+    """The message that refuses ``state``; ``model`` must not change."""
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     monkeypatch.setattr('mmseg_volo.models.pretrained.read_checkpoint', lambda source: state)
     with pytest.raises(UserError) as error:
@@ -408,7 +408,7 @@ def test_a_file_without_named_tensors_is_an_error(tmp_path, contents):
 
 
 def shapes_of(arch) -> dict:
-    """State dict with ``arch``'s shapes that takes no memory."""
+    """A state dict with the shapes of ``arch`` that takes no memory."""
     with torch.device('meta'):
         state = VOLO(arch, img_size=224).state_dict()
     return {key: torch.zeros(()).expand(tensor.shape) for key, tensor in state.items() if not key.startswith('norm')}
@@ -482,7 +482,7 @@ def test_other_initialisers_of_mmengine_still_run():
 
 @pytest.fixture(params=['init_cfg', 'load_segmentor', 'read_checkpoint'])
 def reader(request):
-    """Each way a file comes in."""
+    """Each function that reads a file."""
     return {
         'init_cfg': loaded,
         'load_segmentor': lambda path: load_segmentor(nn.Linear(1, 1), str(path)),
@@ -548,7 +548,7 @@ def test_torchscript_is_an_error(tmp_path):
     one_line(error)
 
 
-# Files that want to run code
+# Files that run code when they are unpickled
 
 
 class Hostile:
@@ -560,7 +560,7 @@ class Hostile:
 
 
 def hostile_file(folder, form: str, way: str):
-    """A file that creates the second path returned when it is unpickled; that it does so is checked here."""
+    """A file that creates the second returned path when it is unpickled; this function checks that it does."""
     ran, path = folder / 'ran', folder / 'hostile.pth'
     call = {
         'open': Hostile(builtins.open, str(ran), 'w'),
@@ -618,7 +618,7 @@ def test_a_pickled_model_is_refused_by_its_class(tmp_path):
     [
         (HistoryBuffer, '__subclasses__'),
         (HistoryBuffer, '__init__'),
-        (HistoryBuffer, '_statistics_methods'),  # a dictionary that every buffer of the process calls into
+        (HistoryBuffer, '_statistics_methods'),  # a process-wide dictionary
         (np.ndarray, 'tofile'),
         (torch.Tensor, 'backward'),
     ],
@@ -634,7 +634,7 @@ def test_getattr_reaches_nothing_but_a_history_buffers_statistics(tmp_path, owne
 
 def test_reading_leaves_torchs_list_of_safe_types_alone(tmp_path):
     good, (hostile, _) = saved({'a': torch.zeros(1)}, tmp_path / 'f.pth'), hostile_file(tmp_path, 'zip', 'open')
-    torch.serialization.add_safe_globals([argparse.Namespace])  # a user's own choice
+    torch.serialization.add_safe_globals([argparse.Namespace])  # the user's setting
     try:
         before = set(torch.serialization.get_safe_globals())
         read_checkpoint(good)
@@ -659,7 +659,7 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.fixture
 def server(tmp_path):
-    """A web server of ``root``, which counts its requests."""
+    """A web server for ``root`` that counts its requests."""
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args):
@@ -717,7 +717,7 @@ def test_a_download_with_the_given_sha256_is_read(server, hub):
     for spelling in (digest, digest.upper()):
         assert_holds(loaded(f'{url}#sha256={spelling}'), state)
     assert_holds(loaded(url), state)
-    assert len(server.requests) == 1  # with and without, it is the same file
+    assert len(server.requests) == 1  # the file is the same with and without a hash
 
 
 @pytest.mark.parametrize('cached', [False, True])
@@ -744,7 +744,7 @@ def test_a_sha256_that_is_none_is_an_error_before_the_download(server, hub, dige
     [
         ('https://download.pytorch.org/models/resnet18-f37072fd.pth', 'f37072fd'),
         ('https://download.pytorch.org/models/resnet18.pth', ''),
-        ('https://download.openmmlab.com/x/fcn_192608-efe53f0d.pth', ''),  # of the file before publishing
+        ('https://download.openmmlab.com/x/fcn_192608-efe53f0d.pth', ''),  # the hash of the file before publishing
     ],
 )
 def test_file_names_tell_a_sha256_where_they_keep_to_torchs_convention(url, expected):
@@ -888,7 +888,7 @@ def test_what_is_no_tensor_counts_as_missing(tmp_path, contents):
 
 
 class Pyramid(nn.Module):
-    """A backbone that shares no tensor name with VOLO."""
+    """A backbone without a tensor name that VOLO has."""
 
     def __init__(self, channels: int, side: int):
         super().__init__()

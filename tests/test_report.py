@@ -31,7 +31,7 @@ WORKERS = {'test_dataloader.num_workers': 0, 'test_dataloader.persistent_workers
 
 
 def random_checkpoint(path: Path, **options) -> Path:
-    """A segmentor of the tiny config with random weights, which predicts several classes."""
+    """A checkpoint of the tiny config with random weights that predicts several classes."""
     cfg = Config.fromfile(CONFIG)
     cfg.merge_from_dict(options)
     init_default_scope('mmseg')
@@ -41,7 +41,7 @@ def random_checkpoint(path: Path, **options) -> Path:
         if isinstance(norm, torch.nn.BatchNorm2d):
             norm.momentum = 1
     with torch.no_grad():
-        model.train()(torch.randn(2, 3, 64, 96), mode='tensor')  # otherwise it would predict a single class
+        model.train()(torch.randn(2, 3, 64, 96), mode='tensor')  # otherwise the model predicts a single class
     torch.save(model.state_dict(), path)
     return path
 
@@ -55,7 +55,7 @@ def place(tmp_path_factory) -> Path:
 
 
 def run(place: Path, name: str, checkpoint: str = 'model.pth', data: str = 'toy', options: dict | None = None, **more):
-    """``apis.test`` into ``place / name``."""
+    """Run ``apis.test`` with ``place / name`` as its output folder."""
     return apis.test(
         str(CONFIG),
         str(place / checkpoint),
@@ -166,7 +166,7 @@ def test_a_run_does_not_differ_from_itself(place, measured, capfd):
 
 
 def write_made_up(folder: Path, errors: float, images: str = 'same', classes=CamVidDataset.METAINFO['classes']) -> dict:
-    """Results of 40 images in which cars (8) are right and sky (0) is sometimes predicted as building (1)."""
+    """Write results for 40 images: cars (8) are correct, and sky (0) is sometimes predicted as building (1)."""
     rng = np.random.default_rng(0)
     totals = Totals.of(len(classes))
     for i in range(40):
@@ -204,7 +204,7 @@ def test_small_differences_in_the_same_direction_are_significant(tmp_path):
     )
     gain = here['record']['classes'][0]['IoU'] - other.record['classes'][0]['IoU']
     assert rows['sky'][2] == f'{gain:.2f}'
-    assert rows['fence'] == ('–', '–', '–', '')  # absent from both
+    assert rows['fence'] == ('–', '–', '–', '')  # absent from both results
     assert 'a&lt;b&gt;.png' in html
 
 
@@ -250,7 +250,7 @@ def test_pictures_work_for_many_classes_and_without_scores(tmp_path):
 
 
 def predictions(options: dict, checkpoint: Path, folder: Path) -> dict[str, np.ndarray]:
-    """Label maps of mmseg's own inference, by name."""
+    """Label maps of mmseg's inference, by file name."""
     cfg = Config.fromfile(CONFIG)
     cfg.merge_from_dict(options)
     model = init_model(cfg, device='cpu')
@@ -350,7 +350,7 @@ def test_a_click_on_a_heading_sorts_the_images(browser, measured, tmp_path):
     page.locator('#classes th:nth-child(2) button').click()
     shown = page.locator('#classes tbody td:nth-child(2)').all_inner_texts()
     numbers = [float(text) for text in shown if text != '–']
-    assert numbers == sorted(numbers) and shown[len(numbers) :] == ['–'] * (19 - len(numbers))  # last in any order
+    assert numbers == sorted(numbers) and shown[len(numbers) :] == ['–'] * (19 - len(numbers))  # missing values last
     page.screenshot(path=tmp_path / 'report.png', full_page=True)
     assert Image.open(tmp_path / 'report.png').height > 1000
     assert complaints == []
@@ -361,6 +361,6 @@ def test_a_click_on_a_heading_sorts_the_images(browser, measured, tmp_path):
 def test_the_page_fits_a_phone_and_follows_the_colour_scheme(browser, measured, width, scheme):
     page = browser.new_page(viewport=dict(width=width, height=844), color_scheme=scheme)
     page.goto((measured / 'report.html').as_uri())
-    assert page.evaluate('document.documentElement.scrollWidth') == width  # only tables scroll sideways
+    assert page.evaluate('document.documentElement.scrollWidth') == width  # only tables scroll horizontally
     red = int(re.search(r'\d+', page.evaluate('getComputedStyle(document.body).backgroundColor'))[0])
     assert (red < 64) == (scheme == 'dark')

@@ -1,4 +1,4 @@
-"""Random numbers follow from the seed and the position in the run."""
+"""Random numbers depend only on the seed and the position in the run."""
 
 import copy
 import itertools
@@ -27,7 +27,7 @@ SEED = 7
 
 @pytest.fixture(scope='module')
 def loader(tmp_path_factory) -> dict:
-    """Config of the demo's training data loader on 5 toy streets, all augmentations in it."""
+    """Config of the demo's training data loader on 5 toy streets, with all augmentations."""
     folder = tmp_path_factory.mktemp('toy')
     make_toy_streets(folder, train=5, val=1, size=(96, 64))
     init_default_scope('mmseg')

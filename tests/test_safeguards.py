@@ -1,4 +1,4 @@
-"""Training that goes wrong stops or warns, and keeps its weights."""
+"""Training that diverges stops or warns, and keeps its weights."""
 
 import time
 from pathlib import Path
@@ -22,7 +22,7 @@ from mmseg_volo.errors import UserError
 
 
 class Trainer:
-    """A small model trained with the hook, which is called as mmengine's loop would call it."""
+    """Train a small model and call the hook as mmengine's loop does."""
 
     def __init__(self, work_dir: Path, skip: int, clip_grad: dict | None = None):
         torch.manual_seed(0)
@@ -90,7 +90,7 @@ def test_finite_loss_with_bad_gradients_is_caught(tmp_path):
 
 
 class Scalars(TorchDispatchMode):
-    """Count copies of numbers to the host, each of which makes a CPU wait for a GPU."""
+    """Count copies of scalars to the host, each of which waits for the GPU."""
 
     count = 0
 
@@ -151,7 +151,7 @@ def test_the_hook_takes_a_hundredth_of_a_step(clip_grad):
         timed(hook.after_train_iter)(trainer, iteration, {}, dict(loss=loss))
         shares.append(sum(spent) / (time.thread_time() - start))
     assert len(spent) == 3
-    assert min(shares) < 0.01, shares  # min, because other jobs empty the caches of a shared machine
+    assert min(shares) < 0.01, shares  # the minimum, because other jobs on the machine disturb the rest
 
 
 def test_training_stops_at_a_loss_that_is_not_finite(tmp_path):
@@ -175,7 +175,7 @@ def test_a_validation_of_one_class_warns(classes, warned):
     loader = SimpleNamespace(dataset=SimpleNamespace(metainfo=dict(classes=('sky', 'road'))))
     runner = SimpleNamespace(iter=40, val_dataloader=loader, logger=SimpleNamespace(warning=warnings.append))
     hook = OneClassWarningHook()
-    for _ in range(2):  # every validation for itself
+    for _ in range(2):  # each validation is judged separately
         hook.before_val_epoch(runner)
         hook.after_val_iter(runner, 0, {}, [sample(value) for value in classes])
         hook.after_val_epoch(runner)

@@ -27,13 +27,13 @@ from mmseg_volo.errors import UserError
 
 @pytest.fixture
 def folders(tmp_path) -> tuple[Path, Path]:
-    """An empty folder, and a path beside it that a harmful file creates."""
+    """An empty folder, and the path of a file that a harmful checkpoint creates."""
     (tmp_path / 'file').mkdir()
     return tmp_path / 'file', tmp_path / 'ran'
 
 
 def unrestricted(path: Path) -> None:
-    """Read ``path`` as torch did before it knew of restrictions."""
+    """Read ``path`` without torch's restrictions."""
     try:
         torch.load(path, weights_only=False)
     except Exception:
@@ -41,7 +41,7 @@ def unrestricted(path: Path) -> None:
 
 
 def same(a: object, b: object) -> bool:
-    """Whether two nested containers hold the same tensors, arrays and numbers of the same types."""
+    """Whether two nested containers hold equal tensors, arrays and numbers of equal types."""
     if isinstance(a, dict):
         return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)):
@@ -51,7 +51,7 @@ def same(a: object, b: object) -> bool:
     return type(a) is type(b) and a == b
 
 
-# Every file through every door
+# Every file in every function that reads one
 
 
 @pytest.mark.parametrize('name', HARMFUL)
@@ -118,7 +118,7 @@ def test_damage_of_any_kind_is_read_or_refused(tmp_path):
             assert result != 'loaded, other values' or not kind.startswith('archive'), kind
 
 
-# Doors of mmengine's and mmseg's
+# mmengine's and mmseg's own functions
 
 
 def test_every_scheme_of_mmengines_is_read_by_us():
@@ -204,7 +204,7 @@ class Toy(BaseModel):
 
 
 def trained(work_dir: Path, iterations: int, resume: Path | None = None) -> Runner:
-    """A run of mmengine's with what a checkpoint may hold: AdamW, schedulers, moving average, message hub."""
+    """A run of mmengine with AdamW, schedulers, a moving average and a message hub in its checkpoint."""
     torch.manual_seed(0)
     data = [dict(x=x) for x in torch.randn(8, 3)]
     runner = Runner(
@@ -260,7 +260,7 @@ def hub_after(path: Path, **info) -> dict:
 
 @pytest.mark.parametrize('key', ['best_ckpt', 'best_ckpt_mIoU'])
 def test_resuming_does_not_delete_files_that_a_checkpoint_names(tmp_path, monkeypatch, key):
-    """mmengine removes the best checkpoint so far when there is a better one, a folder with all in it."""
+    """mmengine removes the previous best checkpoint, and if that path is a folder, everything in it."""
     monkeypatch.chdir(tmp_path)
     own = tmp_path / 'iter_3.pth'
     for kept in (str(tmp_path / 'best_mIoU_iter_2.pth'), 'best_mIoU_iter_2.pth'):
@@ -297,7 +297,7 @@ def test_optimizers_and_schedulers_of_every_kind_are_read_as_saved(tmp_path):
     assert same(read, states)
 
 
-# What stands in for NumPy's and mmengine's own types
+# Replacements for NumPy's and mmengine's types
 
 
 @pytest.mark.parametrize('dtype', ['f2', '>f4', 'f8', 'i1', '<i8', '>u2', 'u8', 'b1', 'c16'])
@@ -305,7 +305,7 @@ def test_optimizers_and_schedulers_of_every_kind_are_read_as_saved(tmp_path):
 def test_arrays_and_numbers_are_read_as_saved_and_saved_as_ordinary_ones(tmp_path, dtype, shape):
     array = np.asfortranarray(np.arange(1, 1 + np.prod(shape, dtype=int)).reshape(shape)).astype(dtype)
     read = read_checkpoint(saved({'array': array, 'number': array.dtype.type(1)}, tmp_path))
-    expected = pickle.loads(pickle.dumps(array, 2))  # in the byte order of this machine
+    expected = pickle.loads(pickle.dumps(array, 2))  # in this machine's byte order
     np.testing.assert_array_equal(read['array'], expected, strict=True)
     assert type(read['number']) is array.dtype.type and read['number'] == 1
     again = torch.load(saved(read, tmp_path, 'again.pth'), weights_only=False)

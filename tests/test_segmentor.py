@@ -17,7 +17,7 @@ SIZES = [(70, 100), (32, 48), (20, 30), (95, 49)]
 
 
 def build(kind: str = 'SlidingSegmentor', head: dict | None = None, **test_cfg) -> nn.Module:
-    """Equal weights for every kind."""
+    """A segmentor of one class; all classes get equal weights."""
     init_default_scope('mmseg')
     cfg = Config.fromfile(ROOT / 'configs/volo_tiny_toy_streets.py').model
     cfg.type, cfg.test_cfg = kind, test_cfg
@@ -59,7 +59,7 @@ def test_logits_are_resized_as_in_mmseg(mode, size, align_corners):
     exact = mmsegs(theirs, image, size)
     torch.testing.assert_close(ours.segment(image, size, logits=True), exact.seg_logits.data, rtol=0, atol=1e-5)
     same = ours.segment(image, size) == exact.pred_sem_seg.data[0]
-    assert same.float().mean() > 0.999  # rounding may decide a tie
+    assert same.float().mean() > 0.999  # rounding may decide between equal scores
 
 
 @pytest.mark.parametrize('direction', ['horizontal', 'vertical'])
@@ -109,7 +109,7 @@ def test_half_of_the_windows_are_tried_when_memory_runs_out(monkeypatch):
     assert torch.equal(model.segment(picture(70, 100), (70, 100)), exact)
     assert sizes == [8, 4, 2, 2, 2, 2, 1]
     model.segment(picture(70, 100), (70, 100))
-    assert sizes[7:] == [2, 2, 2, 2, 1]  # remembered
+    assert sizes[7:] == [2, 2, 2, 2, 1]  # the batch size is remembered
     monkeypatch.setattr(model, 'encode_decode', lambda inputs, metas: small_device(inputs.repeat(4, 1, 1, 1), metas))
     with pytest.raises(torch.OutOfMemoryError):
         model.segment(picture(70, 100), (70, 100))

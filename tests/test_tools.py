@@ -1,4 +1,4 @@
-"""Every tool as its user runs it, and what it says to bad input."""
+"""Every tool, run as a user runs it, and its answers to bad input."""
 
 import contextlib
 import io
@@ -37,7 +37,7 @@ QUICK = [
 
 
 def run(*command, cwd: Path, status: int = 0) -> str:
-    """Output of a tool; fails unless it exits with ``status``, and without a traceback."""
+    """Output of a tool, which must exit with ``status`` and without a traceback."""
     environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}
     done = subprocess.run(
         [sys.executable, *map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
@@ -49,7 +49,7 @@ def run(*command, cwd: Path, status: int = 0) -> str:
 
 
 def fails(tool: Path, *arguments, cwd: Path) -> str:
-    """The one sentence on stderr that a tool ends with; in this process, since a new one takes seconds to start."""
+    """The sentence that a tool writes to stderr. It runs in this process to save start-up time."""
     printed, before = io.StringIO(), os.getcwd()
     os.chdir(cwd)
     try:
@@ -147,7 +147,7 @@ def test_test_prints_and_saves_the_metrics(place, checkpoint):
     assert 'traffic sign' in output and report['images'] == 3 and report['tta'] is False
     pictures = sorted((place / 'shown_pairs').iterdir())
     assert len(pictures) == 3
-    assert Image.open(pictures[0]).width > 3 * 96  # image, truth, prediction and the legend
+    assert Image.open(pictures[0]).width > 3 * 96  # image, ground truth, prediction and legend
 
 
 def test_tta_averages_more_views(place, checkpoint):
@@ -187,7 +187,7 @@ def test_infer_skips_what_it_cannot_decode_in_a_folder_and_says_so(place, checkp
     assert [path.name for path in (place / 'mixed_out/pred').iterdir()] == ['good.png']
 
 
-# Bad input: one sentence that names the value and the way out, status 2, no traceback, nothing half-written.
+# Bad input gives one sentence with the value and the remedy, status 2, no traceback, and no incomplete files.
 
 
 def test_missing_config(tmp_path):
@@ -220,7 +220,7 @@ def test_missing_data_root(place, checkpoint):
 
 
 def spoiled(place: Path, name: str) -> Path:
-    """A copy of toy streets whose first training label is the caller's to spoil; returns the label."""
+    """A copy of the toy streets; returns the path of its first training label, which a test may damage."""
     copy = place / name
     subprocess.run(['cp', '-r', place / 'toy', copy], check=True)
     return sorted((copy / 'gtFine/train').rglob('*labelTrainIds.png'))[0]
@@ -294,7 +294,7 @@ def test_checkpoint_missing_truncated_foreign_or_unsafe(place, checkpoint, tmp_p
 
 
 class Hostile:
-    """Would make a file when unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -322,7 +322,7 @@ def test_nothing_to_infer(place, checkpoint, tmp_path):
 
 def test_output_folder_not_writable(place, checkpoint, tmp_path):
     blocked = tmp_path / 'file'
-    blocked.write_text('')  # a file where a folder should be: fails for root too
+    blocked.write_text('')  # a file in place of a folder, which fails for root, too
     out = blocked / 'out'
     assert f'cannot write to {out}' in fails(
         ROOT / 'tools/infer.py', CONFIG, checkpoint, scene(place), '--out-dir', out, cwd=place
@@ -331,7 +331,7 @@ def test_output_folder_not_writable(place, checkpoint, tmp_path):
         assert f'cannot write to {out}' in fails(ROOT / 'tools' / tool[0], *tool[1:], *options(), cwd=place)
 
 
-# mmseg's own doors
+# mmseg's own tools
 
 
 def mim(tool: str) -> Path:

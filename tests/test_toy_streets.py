@@ -17,7 +17,7 @@ from mmseg_volo_cli import main
 
 ROOT = Path(__file__).parents[1]
 SIZE = (128, 64)
-# id -> trainId, copied from cityscapesScripts' labels.py and deliberately not from the generator.
+# id -> trainId, from cityscapesScripts' labels.py and not from the generator under test.
 CITYSCAPES = {0: 255, 1: 255, 7: 0, 8: 1, 11: 2, 17: 5, 20: 7, 21: 8, 23: 10, 24: 11, 26: 13}
 CITYSCAPES_NAMES = {0: 'road', 1: 'sidewalk', 2: 'building', 5: 'pole', 7: 'traffic sign', 8: 'vegetation'}
 CITYSCAPES_NAMES |= {10: 'sky', 11: 'person', 13: 'car'}

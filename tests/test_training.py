@@ -48,7 +48,7 @@ OCRNET = {
     ],
     'model.auxiliary_head': [dict(type='FCNHead', num_convs=1, **SHARED), dict(type='FCNHead', num_convs=0, **SHARED)],
 }
-OCRNET['model.auxiliary_head'][1]['channels'] = 48  # without a convolution, the width stays
+OCRNET['model.auxiliary_head'][1]['channels'] = 48  # without a convolution the width does not change
 
 
 @pytest.fixture(scope='module')
@@ -158,13 +158,13 @@ def test_a_profile_of_a_cascade_is_refused():
 
 @HOOKS.register_module()
 class LeakHook(Hook):
-    """Note memory of a loaded checkpoint that is alive during training, apart from the optimizer's."""
+    """Record the memory of a loaded checkpoint that is alive during training, without the optimizer's."""
 
     loaded: ClassVar[list] = []
     alive: ClassVar[list] = []
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
-        """Once per iteration."""
+        """Measure in every iteration."""
         gc.collect()
         states = runner.optim_wrapper.optimizer.state.values()
         owned = {memory_of(tensor) for state in states for tensor in state.values()}
@@ -216,7 +216,7 @@ def test_a_file_that_was_replaced_is_read_again(tmp_path):
 def test_a_type_is_named_in_three_ways():
     for kind in ('FCNHead', 'mmseg.FCNHead', FCNHead):
         assert type_name(dict(type=kind)) == 'FCNHead'
-    assert type_name(dict(type=None)) == 'None'  # which mmengine refuses
+    assert type_name(dict(type=None)) == 'None'  # mmengine refuses this
 
 
 def test_steps_are_left_out_at_any_depth():

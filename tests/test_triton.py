@@ -1,6 +1,6 @@
-"""The Triton kernels: run by Triton's interpreter, compiled for GPUs that need not be there, and run on one that is.
+"""The Triton kernels: run by Triton's interpreter, compiled for several GPUs, and run on a GPU if there is one.
 
-As a program, under TRITON_INTERPRET=1, it writes what the interpreter finds for every case into the file it is given.
+Run as a program with TRITON_INTERPRET=1, this file writes the interpreter's result of every case to a file.
 """
 
 import os
@@ -34,7 +34,7 @@ REAL = [
     (2, 64, 64, 6, 32),  # a layer of D1 at 512 x 512
     (2, 128, 128, 12, 32),  # a layer of D4 at 1024 x 1024
 ]
-# Orders of storage; only heads first has no two strides for windows and taps.
+# Memory layouts. Only 'heads first' cannot be described by one stride for windows and one for taps.
 LAYOUTS = {'contiguous': (0, 1, 2, 3, 4, 5), 'windows last': (3, 4, 5, 0, 1, 2), 'heads first': (3, 0, 1, 2, 4, 5)}
 COMPILED = [
     # kernel, dtype, d, warps, compute capability, layout of the logits or matrices
@@ -56,7 +56,7 @@ COMPILED = [
 
 
 def inputs(B, H, W, N, d, dtype, layout, device='cpu'):
-    """Logits stored in ``layout``, value and cotangent; the last two contiguous only where the logits are."""
+    """Logits stored in ``layout``, value and cotangent; the last two are contiguous only if the logits are."""
     generator = torch.Generator().manual_seed(0)
     order = LAYOUTS[layout]
     sizes = (B, -(-H // 2), -(-W // 2), N, 9, 9)
@@ -103,7 +103,7 @@ def assert_parity(found, logits, value, cotangent, scale, tolerated=1):
 
 @pytest.fixture(scope='module')
 def interpreted(tmp_path_factory):
-    # A process of its own: triton.jit asks for the variable when a kernel is defined.
+    # A separate process, because triton.jit reads the variable when a kernel is defined.
     path = tmp_path_factory.mktemp('triton') / 'interpreted.pt'
     environment = {**os.environ, 'TRITON_INTERPRET': '1', 'OMP_NUM_THREADS': '1'}
     subprocess.run([sys.executable, __file__, str(path)], env=environment, check=True, timeout=300)
@@ -121,7 +121,7 @@ def kernels():
 
 @pytest.mark.parametrize('case', CASES, ids=str)
 def test_interpreted_output_and_gradients_equal_the_reference_in_float64(case, interpreted):
-    # The interpreter truncates to bfloat16, where GPUs round: twice the error.
+    # The interpreter truncates to bfloat16 and GPUs round, so the interpreter's error is twice as large.
     tolerated = 2 if torch.bfloat16 in case else 1
     assert_parity(interpreted[str(case)], *inputs(*case), case[4] ** -0.5, tolerated)
 

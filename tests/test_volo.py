@@ -27,7 +27,7 @@ def without_output_norms(model: VOLO) -> VOLO:
 
 
 def timm_twin(arch: str, size: tuple[int, int], **kwargs) -> tuple[nn.Module, dict]:
-    """timm's model with a random position embedding, in float64, and its backbone tensors."""
+    """timm's model in float64 with a random position embedding, and its backbone's tensors."""
     model = timm.create_model(f'volo_{arch}_224', img_size=size, **kwargs).double().eval()
     nn.init.normal_(model.pos_embed)
     return model, {key: value for key, value in model.state_dict().items() if not PRETRAINED.classifier.fullmatch(key)}
@@ -185,7 +185,7 @@ def test_a_changed_position_embedding_is_resized_anew(change):
 
 def test_position_embedding_learns_at_other_sizes_too():
     model = VOLO('tiny', img_size=64)
-    model.eval()(torch.randn(2, 3, 48, 80))  # fills no cache that training could read
+    model.eval()(torch.randn(2, 3, 48, 80))  # must not fill a cache that training reads
     model.train()
     sum(y.sum() for y in model(torch.randn(2, 3, 48, 80))).backward()
     assert model.pos_embed.grad.abs().sum() > 0
@@ -197,10 +197,10 @@ def test_inference_mode_and_no_grad_do_not_share_tensors():
     x = torch.randn(1, 3, 48, 80)
     with torch.inference_mode():
         expected = [y.clone() for y in model(x)]
-    outputs = model(x)  # frozen position embedding, gradients on: the cache is used again
+    outputs = model(x)  # with a frozen position embedding the cache is used even while gradients are on
     sum(y.sum() for y in outputs).backward()
     for a, e in zip(outputs, expected, strict=True):
-        assert_close(a.detach(), e.double(), eager_error=1e-6)  # inference merges BatchNorm into convolutions
+        assert_close(a.detach(), e.double(), eager_error=1e-6)  # here BatchNorm is folded into convolutions
 
 
 def test_amp_gives_finite_maps_close_to_float32():
@@ -215,7 +215,7 @@ def test_amp_gives_finite_maps_close_to_float32():
         assert (a.float() - e).abs().max() < 0.15 and torch.isfinite(a).all()
 
 
-# Inductor of torch 2.11 fails on this model with a symbolic image size on a CPU: it gets one size, aot_eager several.
+# On a CPU, torch 2.11's Inductor fails on this model with a symbolic image size, so only aot_eager gets several sizes.
 @pytest.mark.parametrize(
     ('options', 'sizes'),
     [(dict(backend='aot_eager'), [(64, 64), (48, 80), (50, 33)]), (dict(dynamic=False), [(50, 33)])],
@@ -239,7 +239,7 @@ def test_compiled_equals_eager_in_maps_and_gradients(options, sizes):
                 assert torch.allclose(a, e, rtol=1e-3, atol=1e-4 * e.abs().max().item())
 
 
-# Knobs
+# Options
 
 
 def test_drop_path_ramps_over_all_blocks_but_skips_stage_one():
@@ -286,7 +286,7 @@ def test_norm_eval_keeps_the_running_statistics():
 
 
 def kept_bytes(model: nn.Module, x: torch.Tensor) -> tuple[int, tuple[torch.Tensor, ...]]:
-    """Bytes that a forward pass leaves alive for the backward pass, and its maps."""
+    """Bytes that a forward pass keeps for the backward pass, and its feature maps."""
     with LiveMemory() as memory:
         outputs = model(x)
         return memory.live(), outputs
@@ -314,7 +314,7 @@ def test_recomputing_changes_memory_not_numbers(knob, share):
     for name in expected:
         assert_close(actual[name], expected[name], what=name)
     for (name, a), (_, e) in zip(lean.named_buffers(), plain.named_buffers(), strict=True):
-        assert torch.equal(a, e), name  # the running statistics have seen the batch once
+        assert torch.equal(a, e), name  # the running statistics were updated once
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
@@ -366,7 +366,7 @@ def test_hooks_of_all_modules_fire_under_recomputing():
 
 
 class LoRA(nn.Module):
-    """A frozen linear layer and a trained product of two thin ones."""
+    """A frozen linear layer plus the trained product of two narrow ones."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -379,7 +379,7 @@ class LoRA(nn.Module):
 
 
 def adapted(model: VOLO, change: str) -> VOLO:
-    """``model`` with one kind of module in every block replaced or changed."""
+    """``model`` with one kind of module replaced or changed in every block."""
     torch.manual_seed(1)
     for block in [block for i in (0, 2, 3, 4) for block in model.network[i]]:
         dim = block.norm1.normalized_shape[0]

@@ -1,4 +1,4 @@
-"""The wheel: built, installed beside nothing of the clone, and used."""
+"""The wheel: built, installed without the clone, and used."""
 
 import os
 import subprocess
@@ -34,7 +34,7 @@ def wheel(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope='module')
 def place(wheel, tmp_path_factory) -> Path:
-    """An empty folder with the wheel unpacked into ``site``; other packages are this environment's."""
+    """An empty folder with the wheel installed into ``site``; other packages come from this environment."""
     folder = tmp_path_factory.mktemp('empty')
     run(sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--target', folder / 'site', wheel, cwd=folder)
     return folder

@@ -1,6 +1,6 @@
-// Outlook attention for window 3, stride 2 on CPUs: softmax, weighting and fold in one pass, no windows in memory.
-// Plain C++ behind a C ABI, compiled once per head width (-DHEAD_WIDTH=32) and loaded by cpu.py.
-// Shape letters: README.md. Place u of a window is written to, place v is read from; u = 3 * a + b.
+// Outlook attention for window 3, stride 2 on CPUs: softmax, weighted sum and fold in one pass over the tokens.
+// The unfolded windows are never stored. cpu.py compiles this file once per head width (-DHEAD_WIDTH=32).
+// README.md explains the shape letters. A window reads from position v and writes to position u; u = 3 * a + b.
 
 #include <cmath>
 #include <cstdint>
@@ -26,11 +26,11 @@ inline void store(float* to, float x) { *to = x; }
 inline void store(bfloat16* to, float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
-    // Round to nearest even; a NaN must not round up into infinity.
+    // Round to nearest even, but keep a NaN: rounding could turn it into infinity.
     to->bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// exp(x) for x <= 0 within 2 ulp (Cephes' polynomial), because a loop of std::exp is not vectorised. NaN stays NaN.
+// exp(x) for x <= 0, accurate to 2 ulp (Cephes' polynomial). Compilers do not vectorise std::exp. NaN stays NaN.
 inline float exp_nonpositive(float x) {
     x = x < -87.0f ? -87.0f : x;
     const float n = std::nearbyint(x * 1.44269504088896341f);
@@ -56,8 +56,8 @@ struct Sizes {
     int64_t C() const { return N * D; }
 };
 
-// Softmax of `count` consecutive rows u of every head. Result transposed, weights[v * N * count + row], so that the
-// loops over rows run over neighbours.
+// Softmax of `count` consecutive rows u of every head. The result is transposed, weights[v * N * count + row], so that
+// loops over rows read consecutive addresses.
 template <class T>
 void softmax_rows(const T* logits, float* __restrict weights, int64_t N, int64_t count, float scale) {
     const int64_t rows = N * count;
@@ -80,19 +80,19 @@ void softmax_rows(const T* logits, float* __restrict weights, int64_t N, int64_t
     }
 }
 
-// One task is one row of output tokens: every softmax row (window, u) feeds exactly one token, so none is computed twice.
+// One task is one row of output tokens. Each softmax row (window, u) contributes to one token, so no work is repeated.
 template <class T>
 void forward(const T* value, const T* logits, T* out, const Sizes s, int threads) {
     const int64_t H = s.H, W = s.W, h = s.h(), w = s.w(), N = s.N, C = s.C(), rows = 3 * N;
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> weights(K * rows), line((2 * w + 1) * C);  // token x stands at x + 1
+        std::vector<float> weights(K * rows), line((2 * w + 1) * C);  // token x has index x + 1
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < s.B * H; ++task) {
             const int64_t b = task / H, y = task % H;
             std::memset(line.data(), 0, line.size() * sizeof(float));
             for (int64_t i = y / 2; i <= (y + 1) / 2 && i < h; ++i) {
-                const int64_t a = y - 2 * i + 1;  // this row's place in window row i
+                const int64_t a = y - 2 * i + 1;  // this row's position in window row i
                 for (int64_t j = 0; j < w; ++j) {
                     softmax_rows(logits + (((b * h + i) * w + j) * N * 3 + a) * 27, weights.data(), N, 3, s.scale);
                     for (int64_t n = 0; n < N; ++n) {
@@ -129,7 +129,7 @@ void forward(const T* value, const T* logits, T* out, const Sizes s, int threads
     }
 }
 
-// One window: d logits of all its rows, and its share of d value added to `sums`.
+// Gradient of the logits of one window. The window's part of the gradient of value is added to `sums`.
 template <class T>
 void backward_window(const T* value, const T* logits, const T* grad, float* sums, T* dlogits, const Sizes& s,
                      int64_t b, int64_t i, int64_t j, float* weights) {
@@ -178,8 +178,9 @@ void backward_window(const T* value, const T* logits, const T* grad, float* sums
     }
 }
 
-// Even window rows first, then odd: rows of one phase share no tokens, so any number of threads adds in the same order.
-// `sums` is d value in float32; every element is set to zero by the first window row that reaches it.
+// Even window rows come first, then odd ones. Rows of equal parity share no tokens, so the order of the additions does
+// not depend on the number of threads. `sums` is the gradient of value in float32; the first window row that reaches an
+// element sets it to zero.
 template <class T>
 void backward(const T* value, const T* logits, const T* grad, float* sums, T* dlogits, const Sizes s, int threads) {
     const int64_t H = s.H, h = s.h(), w = s.w(), line = s.W * s.C(), window = s.N * K * K;
@@ -191,7 +192,7 @@ void backward(const T* value, const T* logits, const T* grad, float* sums, T* dl
 #pragma omp for schedule(static)
             for (int64_t task = 0; task < s.B * count; ++task) {
                 const int64_t b = task / count, i = 2 * (task % count) + phase;
-                // An even row reaches token rows 2i - 1 to 2i + 1 first; of an odd one, the even neighbours came before.
+                // An even row is the first to reach rows 2i - 1 to 2i + 1; for odd rows the even neighbours came first.
                 for (int64_t y = 2 * i - 1; y <= 2 * i + 1; ++y) {
                     const bool first = phase == 0 || y == 2 * i || (y == 2 * i + 1 && i + 1 == h);
                     if (first && y >= 0 && y < H) std::memset(sums + (b * H + y) * line, 0, line * sizeof(float));

@@ -1,10 +1,12 @@
 """Outlook attention in Triton, for GPUs: window 3, stride 2.
 
-One kernel normalises the logits, one gathers tokens (the output, and the gradient of value), one makes the gradient of
-the logits. A program owns what it writes: no atomics, the same bits in every run.
+The first kernel computes the softmax of the logits. The second gathers tokens: it computes the output and the gradient
+of value. The third computes the gradient of the logits. No two programs write to the same address, so there are no
+atomics and every run gives the same bits.
 
-Shape letters: ``ops/README.md``. Window (i, j) is centred at token (2i, 2j); tap 9 u + v is its weight from place v to
-place u. Block (i, j) is the tokens (2i, 2j) to (2i + 1, 2j + 1): windows (i, j) to (i + 1, j + 1) cover it.
+``ops/README.md`` explains the shape letters. The centre of window (i, j) is token (2i, 2j). Tap 9 u + v of a window is
+the weight with which position v contributes to position u. Block (i, j) consists of the tokens (2i, 2j) to
+(2i + 1, 2j + 1), which windows (i, j) to (i + 1, j + 1) cover.
 """
 
 import math
@@ -18,20 +20,23 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_WIDTHS = (8, 16, 32, 64, 128)
 TAPS = tl.constexpr(81)
-# Weights are [N, tiles, TAPS, TILE], windows last: a program finds all taps of its windows at constant distances.
+# The weights have shape [N, tiles, TAPS, TILE]. Windows are last, so the distance between two taps is a constant.
 TILE = tl.constexpr(16)
 SOFTMAX_WINDOWS = 128
 
 
 @triton.jit
 def _weights_at(weights, window, n, tiles):
-    """Where the weights of each window begin; its taps lie TILE apart."""
+    """Pointers to tap 0 of each window; consecutive taps of a window are TILE elements apart."""
     return weights + (n.to(tl.int64) * tiles + window // TILE) * (TAPS * TILE) + window % TILE
 
 
 @triton.jit(do_not_specialize=['tiles'])
 def softmax_kernel(logits, weights, windows, window_stride, tap_stride, tiles, scale_log2e, BLOCK: tl.constexpr):
-    """Weights of one place of one head in BLOCK windows: softmax over 9 taps, eight and the last."""
+    """Softmax over the 9 taps of one position, for one head and BLOCK windows.
+
+    Triton's ranges are powers of two, so the first eight taps are one tensor and the last tap is another.
+    """
     window = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     n, place = tl.program_id(1) // 9, tl.program_id(1) % 9
     tap = place * 9 + tl.arange(0, 8)[:, None]  # 8, 1
@@ -51,7 +56,7 @@ def softmax_kernel(logits, weights, windows, window_stride, tap_stride, tiles, s
 
 @triton.jit
 def _program(w, BW: tl.constexpr):
-    """Row of windows in the batch, columns of windows ``[BW]``, head."""
+    """This program's row of windows (counted through the batch), its columns of windows ``[BW]`` and its head."""
     columns = tl.cdiv(w, BW)
     row, column = tl.program_id(0) // columns, tl.program_id(0) % columns
     return row, column * BW + tl.arange(0, BW), tl.program_id(1)
@@ -59,21 +64,21 @@ def _program(w, BW: tl.constexpr):
 
 @triton.jit
 def _offsets(row, j, n, H, W, h, N: tl.constexpr, D: tl.constexpr):
-    """Where head n of the tokens (2i, 2j) lies: ``[BW, D]``."""
+    """Offsets of head n of the tokens (2i, 2j): ``[BW, D]``."""
     token = ((row // h).to(tl.int64) * H + row % h * 2) * W + j * 2
     return token[:, None] * (N * D) + n * D + tl.arange(0, D)[None, :]
 
 
 @triton.jit
 def _inside(row, j, y: tl.constexpr, x: tl.constexpr, H, W, h):
-    """Whether tokens (2i + y, 2j + x) are on the map: ``[BW, 1]``."""
+    """Whether the tokens (2i + y, 2j + x) are inside the feature map: ``[BW, 1]``."""
     top, left = row % h * 2 + y, j * 2 + x
     return ((top >= 0) & (top < H) & (left >= 0) & (left < W))[:, None]
 
 
 @triton.jit
 def _tokens(at, row, j, y: tl.constexpr, x: tl.constexpr, H, W, h, C: tl.constexpr):
-    """Tokens (2i + y, 2j + x), zeros outside the map: ``[BW, D]``."""
+    """Tokens (2i + y, 2j + x), zero outside the feature map: ``[BW, D]``."""
     return tl.load(at + (W.to(tl.int64) * y + x) * C, mask=_inside(row, j, y, x, H, W, h), other=0.0)
 
 
@@ -82,8 +87,11 @@ def _add(
     out, tokens, at, real,
     Y: tl.constexpr, X: tl.constexpr, y: tl.constexpr, x: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """``out``, tokens (2i + Y, 2j + X), plus what tokens (2i + y, 2j + x) give them in all windows that hold both."""
-    # Those windows are (i + a, j + b): a is 0 or 1, 0 reaches rows to y = 1 and 1 those from 1 on.
+    """Add to ``out``, the tokens (2i + Y, 2j + X), the contribution of the tokens (2i + y, 2j + x).
+
+    The contribution is summed over all windows that contain both tokens.
+    """
+    # Those windows are (i + a, j + b) with a and b 0 or 1. Window row i covers y up to 1, window row i + 1 y from 1 on.
     A0: tl.constexpr = y > 1
     A1: tl.constexpr = y > 0 and Y > 0
     B0: tl.constexpr = x > 1
@@ -103,15 +111,16 @@ def _add(
     return out
 
 
-# One compilation for all sizes.
+# Without do_not_specialize Triton compiles again for some sizes.
 @triton.jit(do_not_specialize=['H', 'W', 'h', 'w', 'tiles'])
 def gather_kernel(
     value, weights, out, H, W, h, w, tiles,
     N: tl.constexpr, D: tl.constexpr, TRANSPOSED: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
-    """Output for BW blocks of a row and one head, each of the 25 values they depend on read once.
+    """Output of one head for BW blocks of a row. Each of the 25 tokens that a block depends on is read once.
 
-    With each 9 x 9 matrix TRANSPOSED it makes the value's gradient out of the output's.
+    If TRANSPOSED, every 9 x 9 matrix of weights is transposed: given the output's gradient as ``value``, the result is
+    the gradient of value.
     """
     row, j, n = _program(w, BW)
     offsets = _offsets(row, j, n, H, W, h, N, D)
@@ -144,7 +153,7 @@ def dlogits_kernel(
     grad, value, weights, dlogits, H, W, h, w, tiles, window_stride, tap_stride, scale,
     N: tl.constexpr, D: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the logits of BW windows of a row and one head."""
+    """Gradient of the logits of one head for BW windows of a row."""
     row, j, n = _program(w, BW)
     offsets = _offsets(row, j, n, H, W, h, N, D)
     window = row.to(tl.int64) * w + j
@@ -168,7 +177,7 @@ def dlogits_kernel(
         tl.store(to[:, None] + tap * tap_stride, gradient.to(dlogits.dtype.element_ty), mask=real)
 
 
-# With TRITON_INTERPRET=1 set before the import, triton.jit gives something else.
+# If TRITON_INTERPRET=1 was set before the import, triton.jit returns an interpreted function, which runs on a CPU.
 INTERPRETED = not isinstance(gather_kernel, triton.runtime.JITFunction)
 
 
@@ -201,7 +210,7 @@ def forward(logits: Tensor, value: Tensor, kernel_size: int, stride: int, scale:
 def backward(
     grad: Tensor, logits: Tensor, value: Tensor, kernel_size: int, stride: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of logits and value; that of logits has their strides."""
+    """Gradients of logits and value; the gradient of the logits has the strides of the logits."""
     grad, value = grad.contiguous(), value.contiguous()
     with torch.cuda.device_of(value):
         weights = _weights(logits, scale)
@@ -216,9 +225,9 @@ def backward(
 
 
 def _weights(logits: Tensor, scale: float) -> Tensor:
-    """``[N, tiles, TAPS, TILE]``.
+    """Softmax of the logits: ``[N, tiles, TAPS, TILE]``.
 
-    A kernel of its own: inside the others each of the d / 8 threads that share a window would compute the softmax.
+    This is a separate kernel, because d / 8 threads of the other kernels share a window and each would repeat the work.
     """
     flat = _flat(logits)
     windows, N = len(flat), logits.shape[3]
@@ -226,7 +235,7 @@ def _weights(logits: Tensor, scale: float) -> Tensor:
     weights = torch.empty(N, triton.cdiv(windows, tile), TAPS.value, tile, dtype=logits.dtype, device=logits.device)
     grid = (triton.cdiv(windows, SOFTMAX_WINDOWS), N * 9)
     args = (flat, weights, windows, *flat.stride(), weights.shape[1], scale * math.log2(math.e))
-    softmax_kernel[grid](*args, BLOCK=SOFTMAX_WINDOWS, num_warps=1)  # one warp: no sums across warps
+    softmax_kernel[grid](*args, BLOCK=SOFTMAX_WINDOWS, num_warps=1)  # with one warp no sum crosses warps
     return weights
 
 
@@ -238,7 +247,7 @@ def _gather(value: Tensor, weights: Tensor, logits: Tensor, transposed: bool) ->
 
 
 def _flat(logits: Tensor) -> Tensor:
-    """``[B h w, N K K]``: a view, unless the strides forbid it."""
+    """The logits as ``[B h w, N K K]``, a view where the strides allow it."""
     B, h, w, N, K, _ = logits.shape
     return logits.reshape(B * h * w, N * K * K)
 
@@ -251,20 +260,20 @@ def _sizes(logits: Tensor, value: Tensor) -> tuple[int, int, int, int]:
 def _launch(kernel, logits: Tensor, value: Tensor, *args, **constants) -> None:
     B, h, w, N, _, _ = logits.shape
     d = value.shape[-1] // N
-    if INTERPRETED or kernel is dlogits_kernel:  # it sums across threads: other warps, other bits
+    if INTERPRETED or kernel is dlogits_kernel:  # its sums across threads depend on num_warps
         constants |= configurations(d)[0].all_kwargs()
     else:
-        # Sizes alike to a power of two share a choice: images of a data set come in hundreds of sizes.
+        # Sizes between two powers of two share one choice, because a data set can have hundreds of image sizes.
         kernel = _tuned(kernel, d, N, (B * h * w).bit_length())
     kernel[lambda meta: (triton.cdiv(w, meta['BW']) * B * h, N)](*args, N=N, D=d, **constants)
 
 
 def configurations(head_width: int) -> list[triton.Config]:
-    """What the autotuner chooses from, 8 numbers of a token in each thread. All gather the same bits."""
+    """The autotuner's choices, with 8 elements of a token per thread. All give the same bits in ``gather_kernel``."""
     return [triton.Config({'BW': 8 * 32 * warps // head_width}, num_warps=warps) for warps in (1, 2, 4)]
 
 
 @lru_cache
 def _tuned(kernel, head_width: int, heads: int, size: int):
-    """The kernel with an autotuner of its own, which tells dtypes apart by itself."""
+    """The kernel with its own autotuner. The autotuner's key includes the dtypes."""
     return triton.autotune(configurations(head_width), key=[])(kernel)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Try thousands of bad inputs through the tools' own main(): tests/soak/bad_input.py --short
+"""Run the tools with thousands of bad inputs: tests/soak/bad_input.py --short
 
 Hypothesis draws the cases and shrinks those that fail. Each case runs in its own fork, so that a crash or a hang ends
-only that case. Exit status 1 if a case ends neither successfully nor with one sentence.
+only that case. The exit status is 1 if a case ends neither successfully nor with one sentence.
 """
 
 import argparse
@@ -50,12 +50,12 @@ from mmseg_volo_cli import main as run_command
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / 'configs/volo_tiny_toy_streets.py'
 LIMIT = 120  # seconds for one case, on two slow cores beside others
-MEMORY = 3 * 2**30  # of address space beyond what the parent has: a huge number must not take the machine down
-TRIES = 20  # runs to make a failing case smaller
+MEMORY = 3 * 2**30  # address space in addition to the parent's, so that a huge number does not exhaust the machine
+TRIES = 20  # runs that may shrink a failing case
 BATCH = 20  # cases of one draw, which ends at its first difference
 DATA, CHECKPOINT = 'data', 'random.pth'  # in a case's folder, as links
 
-SMALL = {  # a run that ends before its first iteration, and is quick until then
+SMALL = {  # a run that ends before its first iteration, and starts fast
     'data_root': DATA,
     'train_cfg.max_iters': 0,
     'test_dataloader.dataset.pipeline.1.scale': '(128,64)',
@@ -106,7 +106,7 @@ stems = st.one_of(
 
 @cache
 def encoded(kind: str, mode: str, size: tuple[int, int], orientation: int) -> bytes:
-    """A picture or a video in a format; formats that lack ``mode`` get the nearest they have."""
+    """An image or a video in the given format; formats without ``mode`` get the nearest mode."""
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
     if kind in ('MP4', 'AVI'):
         with tempfile.TemporaryDirectory() as folder:
@@ -128,7 +128,7 @@ def encoded(kind: str, mode: str, size: tuple[int, int], orientation: int) -> by
         try:
             candidate.save(out := io.BytesIO(), format=kind, **more)
             return out.getvalue()
-        except Exception:  # each format refuses what it cannot hold in its own way
+        except Exception:  # each format raises another error for a mode that it cannot store
             continue
     return b''
 
@@ -141,7 +141,7 @@ files = st.tuples(stems, st.sampled_from(IMAGE_SUFFIXES), st.one_of(st.tuples(pi
 
 
 def put(path: Path, content: tuple | str) -> None:
-    """Create a file or something else that ``files`` describes."""
+    """Create what ``content``, drawn from ``files``, describes: a file, a folder, a link or a pipe."""
     if content == 'folder':
         path.mkdir()
     elif content == 'fifo':
@@ -154,11 +154,11 @@ def put(path: Path, content: tuple | str) -> None:
         path.write_bytes(damaged(encoded(*content[0]), content[1]))
 
 
-# The doors. Each draws a case and turns it into a tool and its arguments, in the case's own folder.
+# Each function draws a case and turns it into a tool and its arguments, in the case's own folder.
 
 
 def options(more: dict | None = None) -> list[str]:
-    """SMALL and more as the command line has them."""
+    """SMALL and further options as command-line arguments."""
     return ['--cfg-options', *(f'{key}={value}' for key, value in {**SMALL, **(more or {})}.items())]
 
 
@@ -170,7 +170,7 @@ images_cases = st.tuples(
 
 
 def images(case: tuple) -> tuple[str, list]:
-    """Files into tools/infer.py, by name or as their folder."""
+    """Files for tools/infer.py, given by name or as a folder."""
     inputs, save, as_folder = case
     Path('in').mkdir()
     for stem, suffix, content in inputs:
@@ -179,7 +179,7 @@ def images(case: tuple) -> tuple[str, list]:
     names = [f'in/{stem}{suffix}' for stem, suffix, _ in inputs]
     if as_folder:
         names = ['in']
-    elif len(names) > 2:  # one name of nothing would be enough to refuse them all
+    elif len(names) > 2:  # a single missing file would be enough to refuse all of them
         names = [name for name in names if os.path.isfile(name)] or ['in']
     return 'infer', [CONFIG, CHECKPOINT, *names, '--save', *save, *options()]
 
@@ -202,7 +202,7 @@ labels_cases = st.tuples(
 
 
 def labels(case: tuple) -> tuple[str, list]:
-    """Spoiled labels and images of a data set into tools/check_data.py and tools/train.py."""
+    """Damaged labels and images of a data set for tools/check_data.py and tools/train.py."""
     changes, tool = case
     paths = sorted(path.relative_to(DATA) for path in Path(DATA).rglob('*.png') if 'labelIds' not in path.name)
     for path in paths:
@@ -231,12 +231,12 @@ VALUES = ['None', '-1', '0', '1', '1.5', 'nan', '-inf', '1e9', '9' * 30, 'True',
 VALUES += ['()', '(0,0)', '(-1,5)', '[None]', '[1,2,3,4,5]', "['a']", '[[[]]]', "{'type':'VOLO'}", "{'a':1}", 'dict(']
 VALUES += ['[1,', 'VOLO', 'ReLU', '../up', '/dev/null', '~', 'x' * 300, '%s', '{0}', '0x10', '1_000', "'", '"', '\\']
 VALUES += ['\n', ' ']
-ONLY_WRONG = ['None', '-1', '1.5', 'nan', 'abc', '[]', '{}', '']  # for what would take long, or many processes
+ONLY_WRONG = ['None', '-1', '1.5', 'nan', 'abc', '[]', '{}', '']  # values that would take long or start many processes
 
 
 @cache
 def keys() -> list[str]:
-    """Every key of the config, however deep."""
+    """Every key of the config, at any depth."""
 
     def inside(value: object, path: str) -> list[str]:
         items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -248,7 +248,7 @@ def keys() -> list[str]:
 
 @st.composite
 def one_option(draw: Callable) -> tuple[str, str]:
-    """A key that the config has, or nearly, and a value that hardly fits."""
+    """A key that the config has, or almost has, and a value that rarely fits."""
     backbone = [f'model.backbone.{name}' for name in signature(VOLO).parameters]
     key = draw(st.one_of(st.sampled_from(keys()), st.sampled_from(backbone), st.sampled_from(['a', 'model.a', 'a.b'])))
     key += draw(st.sampled_from([''] * 9 + ['.x', '.0', '._delete_', '.']))
@@ -262,13 +262,13 @@ options_cases = st.tuples(
 
 
 def with_config(tool: str, config: Path | str, changes: dict) -> tuple[str, list]:
-    """The tool on sound data and a sound picture, with a config that may be broken."""
+    """The tool with sound data and a sound image, and a config that may be broken."""
     more = {'train': ['--work-dir', 'work'], 'check-data': [], 'infer': [CHECKPOINT, 'picture.png']}[tool]
     return tool, [config, *more, *options(changes)]
 
 
 def config_options(case: tuple) -> tuple[str, list]:
-    """--cfg-options into train, check_data and infer."""
+    """--cfg-options for train, check_data and infer."""
     tool, changes = case
     return with_config(tool, CONFIG, dict(changes))
 
@@ -300,18 +300,18 @@ config_files_cases = st.tuples(
 
 
 def config_text(without: list[str] = ()) -> str:
-    """The config as one file of the classic kind, without some of its keys."""
+    """The config as one classic config file, without some of its keys."""
     small = {key: ast.literal_eval(str(value)) for key, value in SMALL.items() if key != 'data_root'}
     tree = load_config(str(CONFIG), small).to_dict()
     for key in without:
         *parents, last = (int(name) if name.isdigit() else name for name in key.split('.'))
-        with contextlib.suppress(LookupError):  # gone with an earlier one
+        with contextlib.suppress(LookupError):  # removed with a key above it
             del reduce(getitem, parents, tree)[last]
     return "custom_imports = dict(imports=['mmseg_volo'])\n" + Config(tree).pretty_text
 
 
 def config_files(case: tuple) -> tuple[str, list]:
-    """Spoiled config files into train, check_data and infer."""
+    """Damaged config files for train, check_data and infer."""
     tool, name, (kind, *how) = case
     if kind == 'odd':
         put(Path(name), how[0])
@@ -331,7 +331,7 @@ checkpoints_cases = st.tuples(st.sampled_from(['infer'] * 3 + ['test', 'train'])
 
 
 def checkpoints(case: tuple) -> tuple[str, list]:
-    """A damaged checkpoint into infer, test and train --resume."""
+    """A damaged checkpoint for infer, test and train --resume."""
     tool, damage = case
     Path('in.pth').write_bytes(damaged(Path(CHECKPOINT).read_bytes(), damage))
     more = dict(infer=['in.pth', 'picture.png'], test=['in.pth', '--work-dir', 'work'], train=['--resume', 'in.pth'])[
@@ -366,7 +366,7 @@ edits = st.tuples(
     st.sampled_from(WORDS + FLAGS),
 )
 commands_cases = st.tuples(st.sampled_from(sorted(TOOLS)), st.lists(edits, max_size=2))
-QUICK = ('profile-step', 'benchmark-sliding', 'benchmark', 'demo')  # once their arguments are wrong
+QUICK = ('profile-step', 'benchmark-sliding', 'benchmark', 'demo')  # tried only with wrong arguments
 
 
 def commands(case: tuple) -> tuple[str, list]:
@@ -384,7 +384,7 @@ def commands(case: tuple) -> tuple[str, list]:
     return tool, words + (options() if tool in ('train', 'test', 'infer', 'check-data') else [])
 
 
-DOORS = {  # how many draws of BATCH cases --short makes
+DOORS = {  # number of draws of BATCH cases with --short
     images: (images_cases, 5),
     labels: (labels_cases, 8),
     config_options: (options_cases, 28),
@@ -394,11 +394,11 @@ DOORS = {  # how many draws of BATCH cases --short makes
 }
 
 
-# One case, and many.
+# Running one case, and many.
 
 
 def complaint(door: Callable, case: tuple) -> tuple[str, int]:
-    """What ended badly, ``'fine'`` or ``'refused: ...'``, and the number of warnings; in this process's folder."""
+    """What went wrong, ``'fine'`` or ``'refused: ...'``, and the number of warnings. Runs in the current folder."""
     tool, arguments = door(case)
     inputs = set(Path('.').rglob('*'))
     status, printed = 0, io.TextIOWrapper(io.BytesIO(), encoding='utf-8')
@@ -437,14 +437,14 @@ def run_alone(door: Callable, case: tuple, place: Path) -> tuple[str, int]:
         end, other_end = os.pipe()
         child = os.fork()
         if child == 0:
-            os.setsid()  # so that its own children end with it
+            os.setsid()  # so that its children can be ended with it
             os.chdir(folder)
             for path in place.iterdir():
                 Path(path.name).symlink_to(path)
             Path('file').touch()
             Path('empty').mkdir()
             nowhere = os.open(os.devnull, os.O_RDWR)
-            for descriptor in (0, 1, 2):  # decoders write there by themselves
+            for descriptor in (0, 1, 2):  # decoders write to it directly
                 os.dup2(nowhere, descriptor)
             used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
@@ -470,7 +470,7 @@ def run_alone(door: Callable, case: tuple, place: Path) -> tuple[str, int]:
 
 
 def draw(door: Callable, number: int, place: Path) -> tuple[Counter, str | None]:
-    """Run BATCH cases up to the first that fails, and shrink that one."""
+    """Run up to BATCH cases; stop at the first failure and shrink it."""
     seen, counts, failed, tries = {}, Counter(), None, TRIES
 
     @seed(number)
@@ -491,7 +491,7 @@ def draw(door: Callable, number: int, place: Path) -> tuple[Counter, str | None]
                 return
             seen[name], warnings = run_alone(door, case, place)
             if seen[name].startswith('hang'):
-                tries = 0  # each would take as long
+                tries = 0  # each would take the same time
             if failed is None:
                 counts.update(cases=len(case[0]) if door is images else 1, warnings=warnings)
                 counts[seen[name].split(':')[0]] += 1
@@ -539,7 +539,7 @@ def main() -> None:
         prepare(Path(folder))
         keys()
         gc.collect()
-        gc.freeze()  # mmengine collects garbage for each data set: of one case alone
+        gc.freeze()  # mmengine runs the garbage collector for each data set; freeze what is not part of the case
         fork = multiprocessing.get_context('fork')
         with ProcessPoolExecutor(2, mp_context=fork) as pool:
             draws = [pool.submit(draw, door, number, Path(folder)) for door, number in jobs]
@@ -562,7 +562,7 @@ def main() -> None:
 
 
 def plain(text: str, **_) -> tuple[str, bool]:
-    """Config text as it is, where it is Python: yapf would take 1.4 s for each."""
+    """Return config text unformatted if it is Python, because yapf takes 1.4 s."""
     ast.parse(text)
     return text, True
 

@@ -16,7 +16,7 @@ from mmseg.registry import HOOKS, TRANSFORMS
 ITERATIONS = {'short': 200, 'long': 2000}
 CYCLES = 20
 DEADLY = '_000003_'  # in the file's name
-LIMIT = 4.0  # MiB: mmengine keeps every logged number, about half a MiB per 1,000 iterations
+LIMIT = 4.0  # MiB. mmengine keeps every logged number, about half a MiB per 1,000 iterations.
 
 
 @HOOKS.register_module()
@@ -63,7 +63,7 @@ def main() -> None:
         status = wait(start_training(work_dir, seed=0, cfg_options=settings), 3600)
         assert status == 0, Path(f'{work_dir}.log').read_text()
         memory, descriptors = json.loads(meter.read_text())
-        settled = np.array(memory[len(memory) // 4 :])  # allocators and caches fill first
+        settled = np.array(memory[len(memory) // 4 :])  # allocators and caches fill up first
         slope, error = (len(settled) * value for value in slope_and_error(settled))
         report.row(
             f'memory: growth in MiB, fitted to the last {len(settled)} of {iterations} iterations',

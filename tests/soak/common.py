@@ -1,4 +1,4 @@
-"""Shared by the soak scripts: toy data, trainings in child processes, a table with a verdict."""
+"""Helpers of the soak scripts: toy data, training in child processes, a table of results."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ CONFIG = Path(__file__).parents[2] / 'configs/volo_tiny_toy_streets.py'
 def arguments(description: str) -> Namespace:
     parser = ArgumentParser(description=description)
     parser.add_argument('--short', action='store_true', help='the short version, which CI runs')
-    torch.set_num_threads(1)  # before any parallel region: a forked child would lack its threads
+    torch.set_num_threads(1)  # before any parallel region, because a forked child would lack its threads
     return parser.parse_args()
 
 
@@ -57,7 +57,7 @@ def options(place: Path, **more: object) -> dict:
 
 
 def start_training(work_dir: Path, **settings: object) -> int:
-    """Train in a child process with its own process group, output in ``<work_dir>.log``; returns the process id."""
+    """Train in a child process with its own process group; return its id. Its output goes to ``<work_dir>.log``."""
     pid = os.fork()
     if pid:
         return pid
@@ -79,7 +79,7 @@ def start_training(work_dir: Path, **settings: object) -> int:
 
 
 def wait(pid: int, seconds: float = 600) -> int | None:
-    """Exit status of a child, negative if a signal ended it; None if it still runs after ``seconds``."""
+    """Exit status of a child, negative if a signal ended it, None if it is still running after ``seconds``."""
     end = time.monotonic() + seconds
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -91,7 +91,7 @@ def wait(pid: int, seconds: float = 600) -> int | None:
 
 
 def kill(pid: int) -> int | None:
-    """SIGKILL a training and its data-loader workers; returns its status if it had already ended."""
+    """Send SIGKILL to a training process and its data-loader workers; return its status if it had already ended."""
     ended = wait(pid, 0)
     try:
         os.killpg(pid, signal.SIGKILL)
@@ -101,7 +101,7 @@ def kill(pid: int) -> int | None:
 
 
 def differences(work_dir: Path, reference: Path) -> list[str]:
-    """Parts of two finished runs that differ in any bit: weights, optimizer, schedulers, averages, bookkeeping."""
+    """Parts of two checkpoints that differ in any bit, such as weights, optimizer and schedulers."""
     found = []
     names = [sorted(path.name for path in folder.glob('*.pth*')) for folder in (work_dir, reference)]
     if names[0] != names[1]:
@@ -140,7 +140,7 @@ class Report:
         self.fine &= ok
 
     def not_run(self, what: str, reason: str) -> None:
-        """Show a check that cannot run here, for a reason that does not make the script fail."""
+        """Add a row for a check that cannot run here; it does not make the script fail."""
         self.table.add_row([what, reason, '', 'NOT RUN'])
 
     def finish(self) -> None:

@@ -1,4 +1,4 @@
-"""Commands in float64, one after the other: float64.py train ARGUMENTS + test ARGUMENTS"""
+"""Run commands one after another in float64: float64.py train ARGUMENTS + test ARGUMENTS"""
 
 import sys
 from itertools import groupby

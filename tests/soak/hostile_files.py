@@ -1,6 +1,6 @@
-"""Hostile, odd and damaged checkpoints through every door: tests/soak/hostile_files.py [--short]
+"""Read harmful, odd and damaged checkpoints in every way: tests/soak/hostile_files.py [--short]
 
-Prints a table and exits with 1 if one of them ran code, ended the interpreter, hung, or raised anything but UserError.
+Print a table, and exit with 1 if a file ran code, ended the interpreter, hung, or raised anything but UserError.
 """
 
 import argparse
@@ -44,14 +44,14 @@ from mmseg_volo.checkpoints.reading import read_checkpoint
 from mmseg_volo.errors import UserError
 
 ARCH = dict(layers=(1, 1, 1, 1), embed_dims=(8, 16), num_heads=(1, 2), mlp_ratio=1, stem_channels=4)
-SECONDS, BYTES = 30, 4 << 30  # that one file may take
+SECONDS, BYTES = 30, 4 << 30  # time limit per file
 OUTCOMES = ['refused', 'loaded as saved', 'loaded, other values', 'other error', 'crashed or hung', 'code ran']
 
 Maker = Callable[[Path, Path], Path | str]  # (new folder, file that code would create) -> checkpoint
 
 
 class Call:
-    """Pickled as a call of ``function``."""
+    """An object that is pickled as a call of ``function``."""
 
     def __init__(self, function: Callable, *args, state: object = None):
         self.reduced = (function, args) if state is None else (function, args, state)
@@ -86,7 +86,7 @@ def _training_checkpoint() -> dict:
 
 
 def training_checkpoint() -> dict:
-    """What mmengine saves for ``small_volo``, and settings as timm saves them."""
+    """A checkpoint of ``small_volo`` as mmengine saves it, with settings as timm saves them."""
     return copy.deepcopy(_training_checkpoint())
 
 
@@ -96,7 +96,7 @@ def saved(contents: object, folder: Path, name: str = 'f.pth', **kwargs) -> Path
 
 
 def rewritten(path: Path, changed: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> Path:
-    """A zip archive with some records replaced or added, checksums and all."""
+    """A zip archive with some records replaced or added, and correct checksums."""
     with zipfile.ZipFile(path) as archive:
         records = {name.partition('/')[2]: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, 'w', compression) as archive:
@@ -139,7 +139,7 @@ def bare_pickle(protocol: int, name: str = 'f.pth') -> Maker:
 
 
 def old_tar(first: str) -> Maker:
-    """The format before torch 0.1.10, with a member called ``first`` before the others."""
+    """The format of torch before 0.1.10, with a member called ``first`` before the others."""
 
     def make(folder: Path, ran: Path) -> Path:
         parts = {first: b'', 'storages': pickle.dumps(creating(ran), 2), 'tensors': b'', 'pickle': b''}
@@ -164,7 +164,7 @@ def in_history_buffer(folder: Path, ran: Path) -> HistoryBuffer:
     return buffer
 
 
-# Each runs code when it is unpickled without restrictions.
+# Each file runs code when it is unpickled without restrictions.
 HARMFUL: dict[str, Maker] = {
     **{
         f'zip archive, protocol {protocol}': lambda folder, ran, protocol=protocol: saved(
@@ -248,7 +248,7 @@ def resized_storage(size: int) -> Maker:
 
 
 def overlapping(folder: Path, ran: Path) -> Path:
-    """A zip archive a thousand of whose records are the same bytes."""
+    """A zip archive in which a thousand records share the same bytes."""
     path = saved({'a': torch.zeros(10_000)}, folder)
     with zipfile.ZipFile(path, 'a') as archive:
         largest = max(archive.filelist, key=lambda record: record.file_size)
@@ -290,7 +290,7 @@ def place(kind: str, suffix: str = '.pth') -> Maker:
     return make
 
 
-# None runs code by itself; they lie about sizes, are no files, or hold what their readers do not expect.
+# These files run no code. They state wrong sizes, are not regular files, or hold unexpected objects.
 ODD: dict[str, Maker] = {
     'config that is a program': config_text,
     **{
@@ -441,7 +441,7 @@ ODD: dict[str, Maker] = {
 
 
 def damaged(rng: random.Random) -> Iterator[tuple[str, Maker]]:
-    """An endless stream of kinds and of a real checkpoint, cut off or with one to eight bytes changed."""
+    """An endless stream of damaged files: cut off, or with one to eight bytes changed."""
     contents = training_checkpoint()
     forms = {
         'archive': lambda folder: saved(contents, folder),
@@ -456,7 +456,7 @@ def damaged(rng: random.Random) -> Iterator[tuple[str, Maker]]:
 
     def changed(content: bytearray, rng: random.Random) -> bytearray:
         for _ in range(rng.randint(1, 8)):
-            near = rng.choice([len(content), min(len(content), 2000)])  # headers as often as all the rest
+            near = rng.choice([len(content), min(len(content), 2000)])  # half of the changes hit the headers
             content[rng.choice([1, -1]) * rng.randrange(1, near)] = rng.randrange(256)
         return content
 
@@ -514,12 +514,12 @@ DOORS = {
 def equal(value: object, tensor: Tensor) -> bool:
     try:
         return torch.equal(value, tensor)
-    except (TypeError, RuntimeError):  # no tensor, or one that cannot be looked at
+    except (TypeError, RuntimeError):  # not a tensor, or a tensor that cannot be read
         return False
 
 
 def outcome(path: Path | str, door: str) -> tuple[str, str]:
-    """One of ``OUTCOMES`` but the last two, and what was raised."""
+    """One of ``OUTCOMES``, except the last two, and the exception."""
     expected = _training_checkpoint()['state_dict']
     MODEL.load_state_dict(expected)
     try:
@@ -534,7 +534,7 @@ def outcome(path: Path | str, door: str) -> tuple[str, str]:
 
 
 def outcome_in_time(*args) -> tuple[str, str]:
-    """``outcome``, or the end of this process."""
+    """``outcome`` with a time limit, which ends this process."""
     signal.alarm(SECONDS)
     try:
         return outcome(*args)
@@ -548,7 +548,7 @@ def limit_memory() -> None:
 
 
 class Child:
-    """A forked process that may die of a file; the next file gets a new one."""
+    """A forked process. If a file ends it, the next file gets a new process."""
 
     def __init__(self):
         self.pool = None

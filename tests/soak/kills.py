@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Kill a short training repeatedly, also while it writes: resumed, it must end like one that was never killed."""
+"""Kill and resume a short training, also while it writes; it must end with the weights of an undisturbed run."""
 
 import os
 import random
@@ -69,7 +69,7 @@ def kills(count, draw, report, place, settings, seconds) -> None:
             if kill(pid) is None:
                 survived, in_writing = survived + 1, in_writing + writing
                 progress.update()
-            else:  # it had finished: continue with another run
+            else:  # the run had finished, so start another
                 found += differences(work_dir, place / 'whole')
                 shutil.rmtree(work_dir)
                 runs += 1
@@ -83,7 +83,7 @@ def kills(count, draw, report, place, settings, seconds) -> None:
 
 
 def wait_for_writing(work_dir: Path, pid: int, files: int = 1) -> None:
-    """Return while the ``files``-th file from now is being written, or when the training ends."""
+    """Return while the ``files``-th next file is being written, or when the training ends."""
 
     def writing() -> bool:
         time.sleep(0.0002)
@@ -106,7 +106,7 @@ def asked_to_stop(draw, report, place, settings, seconds) -> None:
         while not list(work_dir.glob('iter_*.pth')):
             time.sleep(0.01)
         time.sleep(draw.uniform(0, seconds / 2))
-        os.killpg(pid, number)  # as a terminal does: to the data-loader workers, too
+        os.killpg(pid, number)  # to the data-loader workers, too, as a terminal does
         start = time.monotonic()
         status = wait(pid)
         took = time.monotonic() - start
@@ -132,7 +132,7 @@ def damaged(report, place, settings) -> None:
 
 
 def no_space(report, place, settings) -> None:
-    """Limit the size of a file, which needs no rights: writing a checkpoint fails as on a full disk."""
+    """Limit the size of files, so that writing a checkpoint fails as on a full disk. This needs no rights."""
     work_dir = place / 'limited'
     pid = start_training(work_dir, seed=0, **settings)
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (2**20, 2**20))
@@ -143,7 +143,7 @@ def no_space(report, place, settings) -> None:
 
 
 def full_disk(report, place, settings) -> None:
-    """Mount a file system that is too small for the run, if this user may."""
+    """Mount a file system that is too small for the run, if this user is allowed to."""
     disk = place / 'disk'
     disk.mkdir()
     mount = ['mount', '-t', 'tmpfs', '-o', 'size=45m', 'tmpfs', str(disk)]
@@ -156,7 +156,7 @@ def full_disk(report, place, settings) -> None:
         subprocess.run(['mount', '-o', 'remount,size=400m', str(disk)], check=True)
         report_resumed(report, 'space was freed', work_dir, place, settings)
     finally:
-        subprocess.run(['umount', '--lazy', str(disk)], check=True)  # data-loader workers may end later
+        subprocess.run(['umount', '--lazy', str(disk)], check=True)  # data-loader workers may exit later
 
 
 def report_failure(report, what: str, status: int | None, work_dir: Path) -> None:

@@ -15,7 +15,7 @@ POISONED = '_000003_'  # in the file's name
 
 @TRANSFORMS.register_module()
 class Poison(BaseTransform):
-    """Make one training image infinite, as a broken file might be."""
+    """Make one training image infinite, as a broken file can be."""
 
     def transform(self, results: dict) -> dict:
         if POISONED in results['img_path']:

@@ -1,6 +1,6 @@
-"""Compare two processes with one on a CPU, and kill some; --short leaves out FSDP2, Slurm and mistakes.
+"""Compare two processes with one on a CPU, and kill some; --short skips FSDP2, Slurm and mistakes.
 
-All runs use float64, five validation images (an odd number), augmentation and gradient clipping.
+All runs use float64, five validation images, which two processes cannot share equally, augmentation and clipping.
 """
 
 import json
@@ -42,7 +42,7 @@ def add_difference(report: Report, what: str, ours: Path, reference: Path) -> No
 
 
 def training(processes: int, work_dir: str, steps: int = STEPS, save_every: int = STEPS) -> list[str]:
-    """Arguments of tools/train.py for one global batch whatever the number of processes."""
+    """Arguments of tools/train.py for the same total batch with any number of processes."""
     return [
         *(CONFIG, '--seed', '0', '--work-dir', work_dir),
         *(['--launcher', 'pytorch'] if processes > 1 else []),
@@ -73,7 +73,7 @@ def start(folder: Path, log: str, *command: object, **environment: str) -> subpr
 
 
 def finish(folder: Path, **processes: subprocess.Popen) -> None:
-    """Wait for processes that must succeed; prints the log of one that fails."""
+    """Wait for processes that must succeed; print the log of one that fails."""
     for log, process in processes.items():
         if process.wait(PATIENCE):
             sys.exit(f'{(folder / f"{log}.log").read_text()}\n{log} ended with status {process.returncode}')
@@ -90,7 +90,7 @@ def free_port() -> int:
 
 
 def wait_for(what: Callable[[], object], run: subprocess.Popen, log: Path) -> object:
-    """First true result of ``what``, while the process runs."""
+    """First true result of ``what`` while the process runs."""
     while not (result := what()):
         if run.poll() is not None:
             sys.exit(f'{log.read_text()}\nended too early, with status {run.returncode}')
@@ -99,13 +99,13 @@ def wait_for(what: Callable[[], object], run: subprocess.Popen, log: Path) -> ob
 
 
 def process_of_rank(rank: int, launcher: subprocess.Popen) -> int | None:
-    """Id of a process that torchrun started."""
+    """Id of the process with this rank, which torchrun started."""
     children = Path(f'/proc/{launcher.pid}/task/{launcher.pid}/children').read_text().split()
     for child in children:
         try:
             if f'RANK={rank}' in Path(f'/proc/{child}/environ').read_text().split('\0'):
                 return int(child)
-        except FileNotFoundError:  # ended in between
+        except FileNotFoundError:  # it ended in the meantime
             continue
     return None
 
@@ -149,7 +149,7 @@ def validation(work_dir: Path) -> dict:
 
 
 def a_dead_process_is_replaced_and_then_ends_the_run(folder: Path, report: Report) -> None:
-    """torchrun may restart once; rank 1 is killed twice."""
+    """torchrun may restart once, and rank 1 is killed twice."""
     run = start(
         folder,
         'elastic',
@@ -185,7 +185,7 @@ def a_dead_process_is_replaced_and_then_ends_the_run(folder: Path, report: Repor
 
 
 def shares_equal_the_whole(folder: Path, report: Report) -> None:
-    """FSDP2 with activation checkpointing, resumed for a step by an ordinary run, and then by FSDP2 again."""
+    """Train with FSDP2 and activation checkpointing, resume without FSDP2 for a step, and then with FSDP2 again."""
     sharded = ['runner_type=ShardedRunner', 'model.backbone.with_cp=True']
     parts = [training(2, 'sharded_work', steps=steps, save_every=steps) for steps in (2, 3, STEPS)]
     run = start(
@@ -225,7 +225,7 @@ def slurm_equals_torchrun(folder: Path, report: Report) -> None:
 
 
 def a_mistake_is_one_sentence(folder: Path, report: Report) -> None:
-    """A mistake that all processes meet, and one that only a single process meets."""
+    """A mistake that all processes report, and a mistake that only one process meets."""
     shutil.copytree(folder / 'toy', folder / 'broken')
     last = sorted((folder / 'broken').glob('gtFine/val/*/*_labelTrainIds.png'))[1]  # read by rank 1 of 2
     last.write_bytes(b'no PNG')

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Check that one seed gives the same weights, bit for bit, in two runs and with another number of workers."""
+"""Check that a seed gives the same weights, bit for bit, in two runs and with another number of workers."""
 
 from pathlib import Path
 
