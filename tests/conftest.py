@@ -1,4 +1,5 @@
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -28,3 +29,4 @@ def ade20k() -> Path:
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)  # two pytest workers share two cores, so more threads only wait for each other
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with SIGINT ignored

@@ -534,6 +534,15 @@ def test_a_damaged_file_is_called_damaged(tmp_path, damage):
     assert 'refused' not in one_line(error)
 
 
+def test_a_file_cut_off_anywhere_is_called_damaged(tmp_path):
+    whole = saved({'weight': torch.rand(1, 1)}, tmp_path / 'old.pth', _use_new_zipfile_serialization=False).read_bytes()
+    path = tmp_path / 'f.pth'
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match='is not a checkpoint or is damaged'):
+            read_checkpoint(path)
+
+
 @pytest.mark.parametrize('contents', [torch.zeros(2), [torch.zeros(2)], 3], ids=['Tensor', 'list', 'int'])
 def test_a_file_without_a_state_dict_is_an_error(tmp_path, contents):
     with pytest.raises(UserError, match=f'contains a {type(contents).__name__}, not a state dict') as error:

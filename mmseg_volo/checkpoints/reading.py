@@ -51,6 +51,8 @@ def read_checkpoint(source: str, map_location: MapLocation = 'cpu') -> dict:
         if 'weights_only' not in str(error).lower() and 'Unsupported' not in str(error):
             raise UserError(f'{name} is not a checkpoint or is damaged ({first_sentence(error)})') from None
         blamed = re.search(r'(?:GLOBAL|class) ([\w.]+)', str(error))
+        if blamed and _ends_within(path, blamed[1]):
+            raise UserError(f'{name} is not a checkpoint or is damaged (it ends in the middle of a name)') from None
         raise UserError(
             f'{name} is refused: it {f"asks to run {blamed[1]}" if blamed else "contains more than tensors"}, '
             'but only tensors are read; ask its author for a .safetensors file'
@@ -60,6 +62,14 @@ def read_checkpoint(source: str, map_location: MapLocation = 'cpu') -> dict:
     if not isinstance(contents, Mapping):
         raise UserError(f'{source} contains a {type(contents).__name__}, not a state dict')
     return dict(contents)
+
+
+def _ends_within(path: Path, blamed: str) -> bool:
+    """Whether the file ends in the middle of the name ``blamed``, of which torch drops the last character."""
+    with path.open('rb') as file:
+        file.seek(max(0, path.stat().st_size - 1000))
+        last_line = file.read().rpartition(b'\n')[2]
+    return blamed.endswith('.') or last_line[:-1] == blamed.rpartition('.')[2].encode()
 
 
 def _check_archive(path: Path) -> None:
