@@ -47,7 +47,7 @@ def volo(place: Path, *arguments) -> str:
 def test_the_wheel_holds_every_config_and_data_file(place):
     installed = {path.relative_to(place / 'site/mmseg_volo') for path in (place / 'site/mmseg_volo').rglob('*')}
     configs = {Path('configs') / path.relative_to(ROOT / 'configs') for path in (ROOT / 'configs').rglob('*.py')}
-    data = {Path('py.typed'), Path('evaluation/report.html.j2'), Path('ops/cpu.cpp')}
+    data = {Path('py.typed'), Path('evaluation/report.html.j2'), Path('ops/outlook/cpu.cpp')}
     assert len(configs) > 30 and configs | data <= installed
     assert {path.name for path in (place / 'site').iterdir()} >= {'mmseg_volo', 'mmseg_volo_cli.py'}
     assert not (place / 'site/tests').exists() and not (place / 'site/configs').exists()

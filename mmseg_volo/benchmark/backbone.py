@@ -18,7 +18,7 @@ from ..config import output_path
 from ..errors import UserError
 from ..models.volo import VOLO
 from ..ops import explain, outlook_attention
-from ..ops.reference import outlook_attention_reference
+from ..ops.outlook.reference import outlook_attention_reference
 from .memory import LiveMemory, peak_bytes
 from .segmentor import autocast, segmentor_speed
 from .timing import environment, paired_times

@@ -14,16 +14,14 @@ import mmcv
 import numpy as np
 from mmengine.dist import get_rank, get_world_size
 from mmengine.evaluator import BaseMetric
-from mmengine.logging import print_log
 from mmseg.evaluation import CityscapesMetric
 from mmseg.registry import METRICS
 from PIL import Image
-from prettytable import PrettyTable
 
 from .._files import whole
 from ..errors import UserError
 from ..visualization import overlay
-from .scores import Example, Totals, areas, class_scores, interval, iou, mean_scores
+from .scores import Example, Totals, areas, iou, mean_scores
 
 DILATION = 0.02  # of the image diagonal: the boundary width of the Boundary IoU paper
 WIDTH = 640  # maximum of a picture in the report
@@ -82,16 +80,6 @@ class SegmentationMetric(BaseMetric):
             raise UserError(f'every pixel of the test set is void ({self.ignore_index}), so no score can be computed')
         self._join_rows(classes)
         self.totals = totals
-        draws = totals.bootstrap_scores()
-
-        table = PrettyTable(['class', 'IoU', '95 % interval', 'Acc', 'Precision', 'Fscore', 'BoundaryIoU'])
-        table.align = 'r'
-        table.align['class'] = 'l'
-        scores = class_scores(pixels, totals.edges)
-        for i, (name, (low, high)) in enumerate(zip(classes, interval(draws['IoU']).T, strict=True)):
-            values = [f'{scores[key][i]:.2f}' for key in table.field_names if key in scores]
-            table.add_row([name, values[0], f'{low:.2f} to {high:.2f}', *values[1:]])
-        print_log(f'scores per class in percent:\n{table}', 'current')
         return mean_scores(pixels, totals.edges)
 
     def _maps(self, sample: dict) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,8 @@
 """VOLO as a segmentation backbone.
 
 Paper: https://arxiv.org/abs/2106.13112. The parameters have the names of the authors' state dict, so that their
-checkpoints load without a converter. Shape letters: ``ops/README.md``; here h and w are the rows and columns of tokens.
+checkpoints load without a converter. Shape letters: ``ops/outlook/README.md``; here h and w are the rows and columns
+of tokens.
 """
 
 import re

@@ -12,7 +12,7 @@ import pytest
 import torch
 from parity import assert_close, error
 
-from mmseg_volo.ops.reference import outlook_attention_reference
+from mmseg_volo.ops.outlook.reference import outlook_attention_reference
 
 pytest.importorskip('triton')
 
@@ -75,7 +75,7 @@ def by_reference(logits, value, cotangent, scale, dtype):
 
 
 def by_triton(logits, value, cotangent, scale):
-    from mmseg_volo.ops import triton_kernels
+    from mmseg_volo.ops.outlook import triton_kernels
 
     assert triton_kernels.why_not(logits, value, 3, 2) is None
     before = logits.clone(), value.clone()
@@ -112,7 +112,7 @@ def interpreted(tmp_path_factory):
 
 @pytest.fixture
 def kernels():
-    from mmseg_volo.ops import triton_kernels
+    from mmseg_volo.ops.outlook import triton_kernels
 
     if triton_kernels.INTERPRETED:
         pytest.skip('TRITON_INTERPRET is set: there is nothing to compile')

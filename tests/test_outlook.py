@@ -8,9 +8,10 @@ from parity import assert_close, error
 from timm.models.volo import OutlookAttention as TimmOutlookAttention
 
 from mmseg_volo.models.volo import OutlookAttention
-from mmseg_volo.ops import cpu, explain, outlook_attention
-from mmseg_volo.ops.dispatch import FORCE, choose, outlook_attention_backward_op, outlook_attention_op, why_not
-from mmseg_volo.ops.reference import outlook_attention_reference
+from mmseg_volo.ops import explain, native, outlook_attention
+from mmseg_volo.ops.outlook import cpu
+from mmseg_volo.ops.outlook.dispatch import FORCE, choose, outlook_attention_backward_op, outlook_attention_op, why_not
+from mmseg_volo.ops.outlook.reference import outlook_attention_reference
 
 SHAPES = [
     # B, H, W, heads, d, k, stride
@@ -260,7 +261,7 @@ def test_autocast_leaves_the_operator_in_its_inputs_dtype():
 def test_float32_on_a_cpu_runs_the_fused_form_and_float64_does_not():
     for dtype, expected in ((torch.float32, 'cpu'), (torch.bfloat16, 'cpu'), (torch.float64, 'torch_form')):
         logits, value, geometry = inputs(SMALL_SHAPES[0], dtype=dtype)
-        assert choose(logits, value, 3, 2).__name__ == f'mmseg_volo.ops.{expected}'
+        assert choose(logits, value, 3, 2).__name__ == f'mmseg_volo.ops.outlook.{expected}'
 
 
 def test_explain_names_every_choice_with_reasons():
@@ -298,18 +299,18 @@ def test_without_a_library_the_torch_form_runs_and_the_reason_is_told(environmen
     monkeypatch.delenv('CXX', raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    cpu._library.cache_clear()
+    native.library.cache_clear()
     try:
         assert reason in cpu.why_not_built(32)
         logits, value, geometry = inputs(SMALL_SHAPES[7], dtype=torch.float32)
-        assert choose(logits, value, 3, 2).__name__ == 'mmseg_volo.ops.torch_form'
+        assert choose(logits, value, 3, 2).__name__ == 'mmseg_volo.ops.outlook.torch_form'
         assert not list(tmp_path.rglob('*.so'))
     finally:
-        cpu._library.cache_clear()
+        native.library.cache_clear()
 
 
 def test_several_processes_may_build_the_library_at_once(tmp_path):
-    code = 'from mmseg_volo.ops import cpu; assert cpu.why_not_built(16) is None'
+    code = 'from mmseg_volo.ops.outlook import cpu; assert cpu.why_not_built(16) is None'
     environment = {**os.environ, 'XDG_CACHE_HOME': str(tmp_path)}
     processes = [subprocess.Popen([sys.executable, '-c', code], env=environment) for _ in range(2)]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]

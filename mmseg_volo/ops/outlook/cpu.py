@@ -1,21 +1,15 @@
-"""Outlook attention fused in C++, for CPUs: ``cpu.cpp``, built once into the user's cache and called through ctypes."""
+"""Outlook attention fused in C++, for CPUs: ``cpu.cpp``, called through ctypes."""
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .. import native
+
 SOURCE = Path(__file__).with_name('cpu.cpp')
 SUFFIXES = {torch.float32: 'float32', torch.bfloat16: 'bfloat16'}
-COMPILERS = ('c++', 'g++', 'clang++')
 
 
 def why_not(logits: Tensor, value: Tensor, kernel_size: int, stride: int) -> str | None:
@@ -66,29 +60,5 @@ def _call(name: str, logits: Tensor, value: Tensor, tensors: tuple[Tensor, ...],
     )
 
 
-@lru_cache
 def _library(head_width: int) -> ctypes.CDLL | str:
-    """The library for this head width, or the reason why it is missing."""
-    compiler = os.environ.get('CXX') or next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
-        return f'there is no C++ compiler ({", ".join(COMPILERS)}, or $CXX)'
-    command = [*compiler.split(), '-O3', '-std=c++17', '-shared', '-fPIC', '-fopenmp', f'-DHEAD_WIDTH={head_width}']
-    # Not -march=native, because different machines may share the home directory with the cache.
-    command += {'AVX2': ['-march=x86-64-v3'], 'AVX512': ['-march=x86-64-v4']}.get(
-        torch.backends.cpu.get_cpu_capability(), []
-    )
-    key = hashlib.sha256(f'{command} {platform.machine()}'.encode() + SOURCE.read_bytes()).hexdigest()[:16]
-    folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache', 'mmseg_volo')
-    path = folder / f'outlook_{key}.so'
-    try:
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                built = Path(scratch, path.name)
-                subprocess.run([*command, str(SOURCE), '-o', str(built)], check=True, capture_output=True, text=True)
-                built.replace(path)  # atomic, because other processes may build it now
-        return ctypes.CDLL(str(path))
-    except subprocess.CalledProcessError as error:
-        return f'{compiler} failed: {(error.stderr.strip() or str(error)).splitlines()[-1]}'
-    except OSError as error:
-        return f'its library cannot be built in or loaded from {folder}: {error}'
+    return native.library(SOURCE, f'-DHEAD_WIDTH={head_width}')

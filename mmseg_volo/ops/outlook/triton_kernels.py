@@ -4,8 +4,8 @@ The first kernel computes the softmax of the logits. The second gathers tokens: 
 of value. The third computes the gradient of the logits. No two programs write to the same address, so there are no
 atomics and every run gives the same bits.
 
-``ops/README.md`` explains the shape letters. The centre of window (i, j) is token (2i, 2j). Tap 9 u + v of a window is
-the weight with which position v contributes to position u. Block (i, j) consists of the tokens (2i, 2j) to
+``ops/outlook/README.md`` explains the shape letters. The centre of window (i, j) is token (2i, 2j). Tap 9 u + v of a
+window is the weight with which position v contributes to position u. Block (i, j) consists of the tokens (2i, 2j) to
 (2i + 1, 2j + 1), which windows (i, j) to (i + 1, j + 1) cover.
 """
 
