@@ -19,7 +19,16 @@ from .engine import (  # noqa: E402
     VOLOLayerDecayConstructor,
 )
 from .evaluation import SegmentationMetric  # noqa: E402
-from .models import ARCHITECTURES, VOLO, SlidingCascadeSegmentor, SlidingSegmentor, SlidingTTAModel  # noqa: E402
+from .models import (  # noqa: E402
+    ARCHITECTURES,
+    VOLO,
+    MultiLevelNeck,
+    SegformerHead,
+    SlidingCascadeSegmentor,
+    SlidingSegmentor,
+    SlidingTTAModel,
+    UPerHead,
+)
 
 use_safe_loader()  # from here on mmengine reads checkpoints without running code in them
 
@@ -31,14 +40,17 @@ __all__ = [
     'CamVidDataset',
     'DurableCheckpointHook',
     'IterationSeedHook',
+    'MultiLevelNeck',
     'NonFiniteLossHook',
     'OneClassWarningHook',
+    'SegformerHead',
     'SegmentationMetric',
     'SideBySideHook',
     'SlidingCascadeSegmentor',
     'SlidingSegmentor',
     'SlidingTTAModel',
     'StreamSampler',
+    'UPerHead',
     'VOLOLayerDecayConstructor',
     'ValidationPicturesHook',
     '__version__',

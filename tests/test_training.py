@@ -1,6 +1,7 @@
 """Training, testing and inference of configs that mmseg accepts."""
 
 import gc
+import re
 import shutil
 import subprocess
 import sys
@@ -149,6 +150,15 @@ def test_one_image_per_batch_is_refused_for_any_head_of_a_cascade(toy, tmp_path)
     settings = options(toy, **{**OCRNET, 'model.decode_head': heads, 'train_dataloader.batch_size': 1})
     with pytest.raises(UserError, match='batch_size=1 cannot train UPerHead'):
         train(CONFIG, str(tmp_path), cfg_options=settings)
+
+
+def test_one_image_per_batch_trains_with_the_norm_that_the_message_names(toy, tmp_path):
+    single = options(toy, **{'train_dataloader.batch_size': 1, 'train_cfg.max_iters': 1, 'train_cfg.val_interval': 1})
+    with pytest.raises(UserError, match='batch_size=1 cannot train UPerHead') as error:
+        train(CONFIG, str(tmp_path), cfg_options=single)
+    advice = re.findall(r'model\.decode_head\.norm_cfg\.(\w+)=(\w+)', str(error.value))
+    norm = {f'model.decode_head.norm_cfg.{key}': int(value) if value.isdigit() else value for key, value in advice}
+    train(CONFIG, str(tmp_path), cfg_options={**single, **norm, 'model.auxiliary_head': None})
 
 
 def test_a_profile_of_a_cascade_is_refused():

@@ -1,5 +1,5 @@
-# SegFormer's all-MLP head; a leaf adds backbone, neck, channels and classes.
-from mmseg_volo import SlidingSegmentor
+# SegFormer's all-MLP head; each config adds backbone, neck, channels and classes.
+from mmseg_volo import MultiLevelNeck, SegformerHead, SlidingSegmentor
 
 norm_cfg = dict(type='BN', requires_grad=True)
 model = dict(
@@ -13,13 +13,13 @@ model = dict(
         seg_pad_val=255,
     ),
     neck=dict(  # strides 8, 16, 16, 16 to 4, 8, 16, 32
-        type='MultiLevelNeck',
+        type=MultiLevelNeck,
         scales=[2, 2, 1, 0.5],
         norm_cfg=norm_cfg,
         act_cfg=dict(type='ReLU'),
     ),
     decode_head=dict(
-        type='SegformerHead',
+        type=SegformerHead,
         in_index=[0, 1, 2, 3],
         channels=256,
         dropout_ratio=0.1,

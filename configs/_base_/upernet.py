@@ -1,5 +1,5 @@
-# UPerNet with an auxiliary FCN head; a leaf adds backbone, neck, channels and classes.
-from mmseg_volo import SlidingSegmentor
+# UPerNet with an auxiliary FCN head; each config adds backbone, neck, channels and classes.
+from mmseg_volo import MultiLevelNeck, SlidingSegmentor, UPerHead
 
 norm_cfg = dict(type='BN', requires_grad=True)
 model = dict(
@@ -13,13 +13,13 @@ model = dict(
         seg_pad_val=255,
     ),
     neck=dict(  # strides 8, 16, 16, 16 to 4, 8, 16, 32
-        type='MultiLevelNeck',
+        type=MultiLevelNeck,
         scales=[2, 2, 1, 0.5],
         norm_cfg=norm_cfg,
         act_cfg=dict(type='ReLU'),
     ),
     decode_head=dict(
-        type='UPerHead',
+        type=UPerHead,
         in_index=[0, 1, 2, 3],
         pool_scales=(1, 2, 3, 6),
         channels=512,

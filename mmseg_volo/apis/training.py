@@ -158,5 +158,6 @@ def _check_batch(cfg: Config) -> None:
         if pools_to_one_pixel and norm.get('type') in ('BN', 'SyncBN', 'BN2d'):
             raise UserError(
                 f'train_dataloader.batch_size=1 cannot train {kind}: BatchNorm sees one pixel per channel in its '
-                'pyramid pooling; use 2 or more, or --cfg-options model.decode_head.norm_cfg.type=LN2d'
+                'pyramid pooling; use 2 or more, or GroupNorm: '
+                '--cfg-options model.decode_head.norm_cfg.type=GN model.decode_head.norm_cfg.num_groups=16'
             )

@@ -1,6 +1,16 @@
-"""The VOLO backbone, its pretrained weights, and segmentors that test images of any size."""
+"""The VOLO backbone, its pretrained weights, fast heads, and segmentors that test images of any size."""
 
+from .heads import MultiLevelNeck, SegformerHead, UPerHead
 from .segmentor import SlidingCascadeSegmentor, SlidingSegmentor, SlidingTTAModel
 from .volo import ARCHITECTURES, VOLO
 
-__all__ = ['ARCHITECTURES', 'VOLO', 'SlidingCascadeSegmentor', 'SlidingSegmentor', 'SlidingTTAModel']
+__all__ = [
+    'ARCHITECTURES',
+    'VOLO',
+    'MultiLevelNeck',
+    'SegformerHead',
+    'SlidingCascadeSegmentor',
+    'SlidingSegmentor',
+    'SlidingTTAModel',
+    'UPerHead',
+]

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
 from ..ops import outlook_attention
+from ..ops.products import call_linear
 from ..ops.recompute import norm_linear, norm_linear_pool, norm_mlp
 from .pretrained import PretrainedFormat, load_pretrained, pretrained_checkpoint
 
@@ -60,11 +61,11 @@ class OutlookAttention(nn.Module):
             value, centres = norm_linear_pool(x, norm, self.v, self.pool)
         else:
             x = norm(x)
-            value = self.v(x)
+            value = call_linear(self.v, x)
             centres = self.pool(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        logits = self.attn(centres).unflatten(-1, (self.num_heads, K, K))
+        logits = call_linear(self.attn, centres).unflatten(-1, (self.num_heads, K, K))
         x = outlook_attention(logits, value, kernel_size=self.kernel_size, stride=self.stride, scale=self.scale)
-        return self.proj(x)
+        return call_linear(self.proj, x)
 
 
 class Attention(nn.Module):
@@ -79,14 +80,14 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, norm: nn.Module, recompute: bool = False) -> Tensor:
         """Normalise tokens ``[B, h, w, C]`` with ``norm``, mix them and return the same shape."""
         B, h, w, C = x.shape
-        qkv = norm_linear(x, norm, self.qkv) if recompute else self.qkv(norm(x))
+        qkv = norm_linear(x, norm, self.qkv) if recompute else call_linear(self.qkv, norm(x))
         qkv = qkv.view(B, h * w, 3, self.num_heads, C // self.num_heads)
         qkv = qkv.permute(2, 0, 3, 1, 4)
         if qkv.device.type == 'cpu':
             qkv = qkv.contiguous()  # the flash kernel reads each key many times; saves 5 to 9 % of its time
         q, k, v = qkv.unbind(0)  # B, N, h * w, d
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
-        return self.proj(x.transpose(1, 2).reshape(B, h, w, C))
+        return call_linear(self.proj, x.transpose(1, 2).reshape(B, h, w, C))
 
 
 class _Block(nn.Module):

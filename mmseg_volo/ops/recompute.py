@@ -13,19 +13,21 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.modules.module import _has_any_global_hook
+
+from . import products
+from .plain import is_plain
 
 
 def norm_linear(x: Tensor, norm: nn.Module, linear: nn.Module) -> Tensor:
     """``linear(norm(x))``, for which only ``x`` is stored."""
-    if not (_is_plain_norm(norm) and _is_plain(linear, nn.Linear)):
+    if not (_is_plain_norm(norm) and is_plain(linear, nn.Linear)):
         return linear(norm(x))
     return _NormLinear.apply(x, norm.weight, norm.bias, norm.eps, linear.weight, linear.bias, _matmul_dtype(x))
 
 
 def norm_linear_pool(x: Tensor, norm: nn.Module, linear: nn.Module, pool: nn.Module) -> tuple[Tensor, Tensor]:
     """``linear(norm(x))`` and ``pool(norm(x))``, for which only ``x`` ``[B, H, W, C]`` is stored."""
-    plain = _is_plain_norm(norm) and _is_plain(linear, nn.Linear) and _is_plain(pool, nn.AvgPool2d)
+    plain = _is_plain_norm(norm) and is_plain(linear, nn.Linear) and is_plain(pool, nn.AvgPool2d)
     if not plain or linear.bias is not None:
         y = norm(x)
         return linear(y), pool(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -41,36 +43,18 @@ def norm_mlp(x: Tensor, norm: nn.Module, mlp: nn.Module) -> Tensor:
     return _NormMlp.apply(x, *parameters, _matmul_dtype(x))
 
 
-def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether ``module`` runs only the ``forward`` of ``kind``: that very class, without hooks.
-
-    Parametrizations change a module's class.
-    """
-    return (
-        type(module) is kind
-        and 'forward' not in vars(module)
-        and not (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-            or _has_any_global_hook()
-        )
-    )
-
-
 def _is_plain_norm(norm: nn.Module) -> bool:
-    return _is_plain(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
+    return is_plain(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
 
 
 def _is_plain_mlp(mlp: nn.Module) -> bool:
     return (
-        _is_plain(mlp, Mlp)
-        and all(_is_plain(linear, nn.Linear) and linear.bias is not None for linear in (mlp.fc1, mlp.fc2))
-        and all(_is_plain(drop, nn.Dropout) and drop.p == 0 for drop in (mlp.drop1, mlp.drop2))
-        and _is_plain(mlp.act, nn.GELU)
+        is_plain(mlp, Mlp)
+        and all(is_plain(linear, nn.Linear) and linear.bias is not None for linear in (mlp.fc1, mlp.fc2))
+        and all(is_plain(drop, nn.Dropout) and drop.p == 0 for drop in (mlp.drop1, mlp.drop2))
+        and is_plain(mlp.act, nn.GELU)
         and mlp.act.approximate == 'none'
-        and _is_plain(mlp.norm, nn.Identity)
+        and is_plain(mlp.norm, nn.Identity)
     )
 
 
@@ -103,9 +87,8 @@ def _like(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
 
 def _linear_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Gradients of weight and bias."""
-    rows = dy.flatten(0, -2)
-    dbias = None if bias is None else rows.sum(0, dtype=bias.dtype)
-    return (rows.t() @ x.flatten(0, -2)).to(weight.dtype), dbias
+    dbias = None if bias is None else dy.flatten(0, -2).sum(0, dtype=bias.dtype)
+    return products.weight_gradient(dy, x).to(weight.dtype), dbias
 
 
 class _NormLinear(torch.autograd.Function):
@@ -115,7 +98,7 @@ class _NormLinear(torch.autograd.Function):
         ctx.eps, ctx.dtype = eps, dtype
         with _without_autocast(x):
             y = _normalise(x, norm_weight, norm_bias, eps)[0].to(dtype)
-            return F.linear(y, weight.to(dtype), None if bias is None else bias.to(dtype))
+            return products.linear(y, weight.to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
     @once_differentiable
@@ -124,7 +107,7 @@ class _NormLinear(torch.autograd.Function):
         y, mean, rstd = _normalise(x, norm_weight, norm_bias, ctx.eps)
         dweight, dbias = _linear_backward(grad, y.to(ctx.dtype), weight, bias)
         del y
-        dy = grad @ weight.to(ctx.dtype)
+        dy = products.linear(grad, weight.to(ctx.dtype).t())
         need = list(ctx.needs_input_grad[:3])
         return *_normalise_backward(dy, x, mean, rstd, norm_weight, norm_bias, need), None, dweight, dbias, None
 
@@ -136,7 +119,7 @@ class _NormLinearPool(torch.autograd.Function):
         ctx.eps, ctx.stride, ctx.dtype = eps, stride, dtype
         with _without_autocast(x):
             y = _normalise(x, norm_weight, norm_bias, eps)[0].to(dtype)
-            return F.linear(y, weight.to(dtype)), _pool(y, stride)
+            return products.linear(y, weight.to(dtype)), _pool(y, stride)
 
     @staticmethod
     @once_differentiable
@@ -144,7 +127,7 @@ class _NormLinearPool(torch.autograd.Function):
         x, norm_weight, norm_bias, weight = ctx.saved_tensors
         y, mean, rstd = _normalise(x, norm_weight, norm_bias, ctx.eps)
         dweight, _ = _linear_backward(dvalue, y.to(ctx.dtype), weight, None)
-        dy = dvalue @ weight.to(ctx.dtype)
+        dy = products.linear(dvalue, weight.to(ctx.dtype).t())
         dy += torch.ops.aten.avg_pool2d_backward(
             dcentres.permute(0, 3, 1, 2),
             dy.permute(0, 3, 1, 2),
@@ -166,23 +149,23 @@ class _NormMlp(torch.autograd.Function):
         ctx.eps, ctx.dtype = eps, dtype
         with _without_autocast(x):
             y = _normalise(x, norm_weight, norm_bias, eps)[0].to(dtype)
-            hidden = F.linear(y, weight1.to(dtype), bias1.to(dtype))
+            hidden = products.linear(y, weight1.to(dtype), bias1.to(dtype))
             del y
             ctx.save_for_backward(x, norm_weight, norm_bias, hidden, weight1, bias1, weight2, bias2)
             hidden = F.gelu(hidden) if any(ctx.needs_input_grad) else torch.ops.aten.gelu_(hidden)
-            return F.linear(hidden, weight2.to(dtype), bias2.to(dtype))
+            return products.linear(hidden, weight2.to(dtype), bias2.to(dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, norm_weight, norm_bias, hidden, weight1, bias1, weight2, bias2 = ctx.saved_tensors
         dweight2, dbias2 = _linear_backward(grad, F.gelu(hidden), weight2, bias2)
-        dhidden = grad @ weight2.to(ctx.dtype)
+        dhidden = products.linear(grad, weight2.to(ctx.dtype).t())
         torch.ops.aten.gelu_backward.grad_input(dhidden, hidden, grad_input=dhidden)
         y, mean, rstd = _normalise(x, norm_weight, norm_bias, ctx.eps)
         dweight1, dbias1 = _linear_backward(dhidden, y.to(ctx.dtype), weight1, bias1)
         del y
-        dy = dhidden @ weight1.to(ctx.dtype)
+        dy = products.linear(dhidden, weight1.to(ctx.dtype).t())
         del dhidden
         need = list(ctx.needs_input_grad[:3])
         dx, dnorm_weight, dnorm_bias = _normalise_backward(dy, x, mean, rstd, norm_weight, norm_bias, need)
