@@ -225,14 +225,16 @@ def _toy_streets(args: dict) -> None:
 def _add_benchmark(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--quick', action='store_true', help='fewer rounds: minutes on two CPU cores')
     parser.add_argument('--compiled', action='store_true', help='also measure timm under torch.compile')
+    names = ['operator', 'forward', 'train-step', 'memory', 'segmentor', 'segmentor-memory']
+    parser.add_argument('--tables', nargs='+', choices=names, default=names, help='tables to print (default: all)')
     parser.add_argument('--out', metavar='JSON', help='also write every measurement to this file')
     _add_device(parser)
 
 
 def _benchmark(args: dict) -> None:
-    from mmseg_volo.benchmark.backbone import benchmark_backbone
+    from mmseg_volo.benchmark.suite import run_benchmark
 
-    benchmark_backbone(**args)
+    run_benchmark(**args)
 
 
 def _add_benchmark_sliding(parser: argparse.ArgumentParser) -> None:
@@ -290,7 +292,7 @@ COMMANDS: dict[str, tuple[str, Callable, Callable]] = {
         _add_toy_streets,
         _toy_streets,
     ),
-    'benchmark': ('Measure speed and memory of the backbone against timm.', _add_benchmark, _benchmark),
+    'benchmark': ('Measure speed and memory against timm and mmseg.', _add_benchmark, _benchmark),
     'benchmark-sliding': ("Measure the sliding window against mmseg's.", _add_benchmark_sliding, _benchmark_sliding),
     'profile-step': ('Profile a training step and the data pipeline of a config.', _add_profile_step, _profile_step),
     'completion': ('Print a completion script for a shell.', _add_completion, _completion),

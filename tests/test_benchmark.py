@@ -9,12 +9,15 @@ from torch import nn
 
 import mmseg_volo.benchmark.backbone as module
 from mmseg_volo.apis.training import _enable_amp
-from mmseg_volo.benchmark.backbone import benchmark_backbone
+from mmseg_volo.benchmark import heads
 from mmseg_volo.benchmark.memory import LiveMemory
 from mmseg_volo.benchmark.segmentor import largest_batch, segmentor_speed
 from mmseg_volo.benchmark.step import profile_step
+from mmseg_volo.benchmark.suite import TITLES, run_benchmark
+from mmseg_volo.benchmark.tables import parity_row
 from mmseg_volo.benchmark.timing import paired_times
 from mmseg_volo.errors import UserError
+from mmseg_volo_cli import parser
 
 
 @pytest.fixture
@@ -26,12 +29,15 @@ def small(monkeypatch):
     monkeypatch.setattr(module, 'ACTIVATIONS', ['d1@32'])
     monkeypatch.setattr(module, 'INFERENCE_PEAK', 'd1@256')
     monkeypatch.setattr(module, 'PARITY', (['d1'], (32, 48)))
+    monkeypatch.setattr(heads, 'CELLS', {'tiny': ('volo_tiny_camvid', (48, 64), 1)})
+    monkeypatch.setattr(heads, 'HEAD_ALONE', 'tiny')
+    monkeypatch.setattr(heads, 'PARITY', (['tiny'], (48, 64)))
 
 
 def test_the_table_is_printed_and_returned(small, capsys, tmp_path):
-    result = benchmark_backbone('cpu', quick=True, out=str(tmp_path / 'numbers.json'))
+    result = run_benchmark('cpu', quick=True, out=str(tmp_path / 'numbers.json'))
     printed = capsys.readouterr().out
-    assert set(result['tables']) == {'parity', 'operator', 'forward', 'train step', 'memory'}
+    assert list(result['tables']) == ['parity', *TITLES]
     for row in result['tables']['forward']:
         assert set(row['seconds']) == {'ours', 'timm', 'authors'} and row['ours'] in printed
     assert all(row['met'] for row in result['tables']['parity'])
@@ -40,19 +46,35 @@ def test_the_table_is_printed_and_returned(small, capsys, tmp_path):
     assert not any('target' in row for rows in result['tables'].values() for row in rows)
     kept, checkpointed, peak = (row['bytes'] for row in result['tables']['memory'])
     assert checkpointed['ours'] < kept['ours'] < kept['timm'] and min(peak.values()) > 0
+    assert [row['what'] for row in result['tables']['segmentor']] == [
+        'forward tiny', 'train step tiny', 'forward decode head of tiny', 'train step decode head of tiny',
+    ]  # fmt: skip
+    (kept,) = (row['bytes'] for row in result['tables']['segmentor-memory'])
+    assert kept['ours'] < kept['mmseg']
+
+
+def test_one_table_is_measured_alone(small, capsys):
+    assert list(run_benchmark('cpu', quick=True, tables=['segmentor-memory'])['tables']) == [
+        'parity',
+        'segmentor-memory',
+    ]
+
+
+def test_the_command_offers_every_table(capsys):
+    assert list(parser().parse_args(['benchmark']).tables) == list(TITLES)
 
 
 def test_no_speed_is_measured_where_parity_fails(small, monkeypatch, capsys):
     right = module.outlook_attention
     monkeypatch.setattr(module, 'outlook_attention', lambda *args, **geometry: right(*args, **geometry) * 1.01)
     with pytest.raises(UserError, match='parity failed, so no speed is measured: operator'):
-        benchmark_backbone('cpu', quick=True)
+        run_benchmark('cpu', quick=True)
     assert 'floors:' not in capsys.readouterr().out  # and nothing is timed afterwards
 
 
 def test_a_nan_fails_parity():
     exact = torch.ones(3)
-    row = module._parity_row('x', torch.tensor([1.0, float('nan'), 1.0]), exact, exact)
+    row = parity_row('x', torch.tensor([1.0, float('nan'), 1.0]), exact, exact)
     assert row['met'] is False
 
 

@@ -1,27 +1,21 @@
-"""Speed and memory of our VOLO, timm's and the authors' form, with equal weights. Parity is checked first."""
+"""Speed and memory of our VOLO, timm's and the authors' form, with equal weights."""
 
-import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
-from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
-from prettytable import PrettyTable
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from .._device import resolve_device
-from .._files import whole
-from ..config import output_path
-from ..errors import UserError
 from ..models.volo import VOLO
-from ..ops import explain, outlook_attention
+from ..ops import outlook_attention
 from ..ops.outlook.reference import outlook_attention_reference
 from .memory import LiveMemory, peak_bytes
-from .segmentor import autocast, segmentor_speed
-from .timing import environment, paired_times
+from .segmentor import autocast
+from .tables import error, memory_row, parity_row, time_row
+from .timing import paired_times
 
 HEAD_WIDTH = 32
 # Rounds per architecture and image side. The authors' D4 at 1024 takes a minute per pass on two cores.
@@ -36,61 +30,9 @@ INFERENCE_PEAK = 'd1@1024'
 PARITY = ['d1', 'd4'], (96, 128)
 
 
-def benchmark_backbone(
-    device: str = 'auto',
-    quick: bool = False,
-    compiled: bool = False,
-    out: str | None = None,
-    segmentors: Sequence[str] = ('volo_d4_cityscapes', 'volo_d5_cityscapes'),
-) -> dict:
-    """Measure speed and memory on this machine against timm, print the tables and return them.
+class BackboneBench:
+    """Our VOLO, timm's and the authors' form on one device."""
 
-    Times are ratios with their spread: the median over paired rounds, lowest to highest. A GPU runs bfloat16
-    under autocast, a CPU float32. Nothing is timed unless values and gradients match.
-
-    Args:
-        device: ``'auto'``, ``'cpu'`` or ``'cuda'``.
-        quick: fewer rounds, and no timm in channels_last.
-        compiled: also measure timm under ``torch.compile``, which takes minutes on a CPU.
-        out: JSON file that also gets every measurement.
-        segmentors: configs whose whole train step is measured on a GPU.
-
-    Raises:
-        UserError: the device is missing, the file is not writable, or parity failed.
-    """
-    device = resolve_device(device)
-    path = None if out is None else output_path(out, '.json')  # before the minutes that measuring takes
-    init_default_scope('mmseg')
-    env = environment(device)
-    print('\n'.join(f'{key}: {value}' for key, value in env.items()) + f'\n{explain()}')
-
-    bench = _Bench(device, quick, compiled)
-    rows = bench.parity()
-    _print(rows, f'parity: largest error against float64, relative to the largest value ({bench.dtype_name})')
-    broken = [row['what'] for row in rows if not row['met']]
-    if broken:
-        raise UserError(f'parity failed, so no speed is measured: {", ".join(broken)}')
-    bench.find_floors()
-    tables = {'parity': rows}
-    for name, measure, title in (
-        ('operator', bench.operator, 'outlook attention: ours against the unfold form of timm and the authors'),
-        ('forward', bench.forward, 'backbone, forward'),
-        ('train step', bench.train_step, 'backbone, forward + backward'),
-        ('memory', bench.memory, 'memory'),
-    ):
-        tables[name] = measure()
-        _print(tables[name], f'{title} ({bench.dtype_name})')
-    if device == 'cuda':
-        tables['segmentors'] = [segmentor_speed(config, device) for config in segmentors]
-        _print(tables['segmentors'], 'whole train step, bfloat16 autocast, AdamW')
-    result = dict(environment=environment(device), tables=tables)
-    if path is not None:
-        with whole(path) as partial:
-            partial.write_text(json.dumps(result, indent=2))
-    return result
-
-
-class _Bench:
     def __init__(self, device: str, quick: bool, compiled: bool):
         self.device, self.quick, self.compiled = device, quick, compiled
         self.dtype = torch.bfloat16 if device == 'cuda' else torch.float32
@@ -137,15 +79,15 @@ class _Bench:
                 )
             )
             for what in exact:
-                rows.append(_parity_row(f'operator {shape}: {what}', ours[what], plain[what], exact[what]))
+                rows.append(parity_row(f'operator {shape}: {what}', ours[what], plain[what], exact[what]))
         for arch in archs:
             models = self.models(arch, size)
             x = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(self.device)
             exact = _model_results(self.models(arch, size)['timm'].double(), self, x.double())
             plain, ours = (_model_results(models[name], self, x) for name in ('timm', 'ours'))
-            worst = max((key for key in exact if key.startswith('d ')), key=lambda key: _error(ours[key], exact[key]))
+            worst = max((key for key in exact if key.startswith('d ')), key=lambda key: error(ours[key], exact[key]))
             for what in (*[key for key in exact if key.startswith('stage')], worst):
-                rows.append(_parity_row(f'{arch} {what}', ours[what], plain[what], exact[what]))
+                rows.append(parity_row(f'{arch} {what}', ours[what], plain[what], exact[what]))
         return rows
 
     def operator(self) -> list[dict]:
@@ -159,7 +101,7 @@ class _Bench:
                 times = paired_times({name: run[position] for name, run in runs.items()}, 15, self.device)
                 times['authors'] = times['timm']  # the same form
                 floor = self.operator_floor(shape, backward=position == 1)
-                rows.append(self.time_row(f'operator {what} {cell}', times, floor))
+                rows.append(time_row(f'operator {what} {cell}', times, floor))
         return rows
 
     def forward(self) -> list[dict]:
@@ -169,7 +111,7 @@ class _Bench:
             runs = {name: (lambda model=model, x=x: self.run(model.eval(), x)) for name, model in models.items()}
             with torch.no_grad():
                 times = paired_times(runs, self.rounds(rounds), self.device)
-            rows.append(self.time_row(f'forward {cell}', times, self.model_floor(cell, 1)))
+            rows.append(time_row(f'forward {cell}', times, self.model_floor(cell, 1)))
         return rows
 
     def train_step(self) -> list[dict]:
@@ -187,7 +129,7 @@ class _Bench:
 
             runs = {name: (lambda model=model, step=step: step(model)) for name, model in models.items()}
             times = paired_times(runs, self.rounds(rounds), self.device)
-            rows.append(self.time_row(f'train step {cell}', times, self.model_floor(cell, 3)))
+            rows.append(time_row(f'train step {cell}', times, self.model_floor(cell, 3)))
         return rows
 
     def memory(self) -> list[dict]:
@@ -196,11 +138,11 @@ class _Bench:
         for cell in ACTIVATIONS:
             models, x = self.cell(cell, others=False)
             kept = {name: self.kept_bytes(model, x) for name, model in models.items()}
-            rows.append(_memory_row(f'activations {cell}', kept))
+            rows.append(memory_row(f'activations {cell}', kept))
             models['ours'].with_cp = True
             checkpointed = {**kept, 'ours': self.kept_bytes(models['ours'], x)}
-            rows.append(_memory_row(f'activations {cell}, with_cp', checkpointed))
-        return [*rows, _memory_row(f'inference peak {INFERENCE_PEAK}', self.inference_peaks())]
+            rows.append(memory_row(f'activations {cell}, with_cp', checkpointed))
+        return [*rows, memory_row(f'inference peak {INFERENCE_PEAK}', self.inference_peaks())]
 
     def inference_peaks(self) -> dict[str, int]:
         models, x = self.cell(INFERENCE_PEAK, others=False)
@@ -256,19 +198,6 @@ class _Bench:
             return ROUNDS_ON_GPU
         return rounds if self.quick else 2 * rounds + 1
 
-    def time_row(self, what: str, times: dict[str, list[float]], floor: float) -> dict:
-        median = statistics.median(times['ours'])
-        row = dict(what=what, floor=f'{floor * 1e3:.4g} ms ({floor / median:.0%})', ours=f'{median * 1e3:.4g} ms')
-        ratios = {
-            name: [theirs / ours for theirs, ours in zip(times[name], times['ours'], strict=True)] for name in times
-        }
-        for name in times:
-            if name != 'ours':
-                median = statistics.median(ratios[name])
-                row[name] = f'{median:.2f}x ({min(ratios[name]):.2f} to {max(ratios[name]):.2f})'
-        row['seconds'] = times
-        return row
-
 
 def _operator_run(function: Callable, shape: tuple, dtype: torch.dtype, device: str) -> tuple[Callable, Callable]:
     """Two calls: forward without gradients, and forward + backward."""
@@ -304,7 +233,7 @@ def _operator_results(function: Callable, shape: tuple, dtype: torch.dtype, devi
     return {'output': out.detach(), 'd logits': dlogits, 'd value': dvalue}
 
 
-def _model_results(model: nn.Module, bench: _Bench, x: Tensor) -> dict[str, Tensor]:
+def _model_results(model: nn.Module, bench: BackboneBench, x: Tensor) -> dict[str, Tensor]:
     """Feature maps of the four stages, normalised as ours, and the gradients of all parameters that timm shares."""
     model.eval()
     outputs = model(x) if x.dtype == torch.float64 else bench.run(model, x)
@@ -315,35 +244,3 @@ def _model_results(model: nn.Module, bench: _Bench, x: Tensor) -> dict[str, Tens
     inner = model if isinstance(model, VOLO) else model.timm_model.model
     gradients = {f'd {name}': p.grad for name, p in inner.named_parameters() if p.grad is not None}
     return {**{f'stage {number}': y.detach() for number, y in enumerate(outputs)}, **gradients}
-
-
-def _error(found: Tensor, exact: Tensor) -> float:
-    if not torch.isfinite(found).all():  # max() would hide a NaN
-        return float('inf')
-    return ((found.double() - exact.double()).abs().max() / exact.abs().max().clamp_min(1e-30)).item()
-
-
-def _parity_row(what: str, ours: Tensor, plain: Tensor, exact: Tensor) -> dict:
-    """Parity allows at most twice the error of plain PyTorch, or the tolerance of the dtype."""
-    floor = 4e-3 if ours.dtype == torch.bfloat16 else 1e-6
-    errors = _error(ours, exact), _error(plain, exact)
-    return dict(what=what, ours=f'{errors[0]:.1e}', timm=f'{errors[1]:.1e}', met=errors[0] <= max(2 * errors[1], floor))
-
-
-def _memory_row(what: str, sizes: dict[str, int]) -> dict:
-    ratios = {name: sizes['ours'] / size for name, size in sizes.items() if name != 'ours'}
-    return dict(
-        what=what,
-        ours=f'{sizes["ours"] / 2**20:.0f} MiB',
-        **{name: f'{ratio:.2f} of {sizes[name] / 2**20:.0f} MiB' for name, ratio in ratios.items()},
-        bytes=sizes,
-    )
-
-
-def _print(rows: list[dict], title: str) -> None:
-    columns = list(dict.fromkeys(key for row in rows for key in row if key not in ('seconds', 'bytes')))
-    table = PrettyTable(columns, title=title, align='l')
-    for row in rows:
-        cells = {**row, 'met': 'yes' if row.get('met') else 'NO'}
-        table.add_row([cells.get(column, '') for column in columns])
-    print(table, flush=True)
