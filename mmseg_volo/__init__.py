@@ -6,7 +6,7 @@ require_one_stack()  # before the imports below run into what it explains
 
 from ._version import __version__  # noqa: E402
 from .checkpoints import DurableCheckpointHook, use_safe_loader  # noqa: E402
-from .datasets import CamVidDataset  # noqa: E402
+from .datasets import CamVidDataset, PhotoMetricDistortion, RandomCrop  # noqa: E402
 from .engine import (  # noqa: E402
     BeginSample,
     CPUMemoryHook,
@@ -43,6 +43,8 @@ __all__ = [
     'MultiLevelNeck',
     'NonFiniteLossHook',
     'OneClassWarningHook',
+    'PhotoMetricDistortion',
+    'RandomCrop',
     'SegformerHead',
     'SegmentationMetric',
     'SideBySideHook',

@@ -10,7 +10,7 @@ import pytest
 import mmseg_volo_cli
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted({*ROOT.glob('*.md'), *ROOT.glob('docs/**/*.md'), ROOT / 'mmseg_volo/ops/outlook/README.md'})
+PAGES = sorted({*ROOT.glob('*.md'), *ROOT.glob('docs/**/*.md'), *ROOT.glob('mmseg_volo/ops/*/README.md')})
 NAMES = {path.stem for path in (ROOT / 'configs').rglob('*.py') if '_base_' not in path.parts}
 COMMAND = re.compile(r'(?:^|\s)(?:(?:\S*python[\d.]*\s+)?tools/(\w+)\.py|\S*mmseg-volo[ \t]+(?=[a-z]))(.*)')
 

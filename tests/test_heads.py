@@ -1,9 +1,14 @@
 """Heads and neck: outputs and gradients of mmseg's modules, and checkpoints that can be exchanged with them."""
 
 import copy
+import re
+from pathlib import Path
 
+import mmseg
 import pytest
 import torch
+from conftest import ROOT
+from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmseg.models.decode_heads import SegformerHead as MmsegSegformerHead
 from mmseg.models.decode_heads import UPerHead as MmsegUPerHead
@@ -185,6 +190,24 @@ def test_checkpoints_go_to_mmseg_and_back_through_files(tmp_path):
         assert source.state_dict().keys() == target.state_dict().keys()
         with torch.no_grad():
             assert error(target(x), source(x).double()) < 1e-5
+
+
+def test_mmsegs_config_of_swin_needs_only_another_type(tmp_path):
+    block = re.search(r'```python\n(_base_ = .*?)```', (ROOT / 'docs/heads.md').read_text(), re.S)[1]
+    configs = Path(mmseg.__file__).parent / '.mim/configs/swin'
+    (tmp_path / 'swin.py').write_text(block.replace('./swin-tiny', f'{configs}/swin-tiny'))
+    cfg = Config.fromfile(tmp_path / 'swin.py')
+    original = Config.fromfile(configs / re.search(r"'\./(.*)'", block)[1])
+    models = []
+    for settings in (cfg.model, original.model):
+        settings.backbone.init_cfg = settings.pretrained = None
+        models.append(MODELS.build(settings).eval())
+    ours, theirs = models
+    assert type(ours.decode_head) is UPerHead and type(theirs.decode_head) is MmsegUPerHead
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        assert error(ours(x), theirs(x).double()) < 1e-5
 
 
 @pytest.mark.parametrize('kind', ['UPerHead', 'SegformerHead'])

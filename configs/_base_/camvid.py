@@ -1,5 +1,5 @@
 # CamVid, 11 classes, 480 x 360. Layout and source: docs/data.md.
-from mmseg_volo import BeginSample, StreamSampler
+from mmseg_volo import BeginSample, PhotoMetricDistortion, RandomCrop, StreamSampler
 
 data_root = 'data/camvid'
 crop_size = (240, 320)
@@ -12,9 +12,9 @@ train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
     dict(type='RandomResize', scale=(480, 360), ratio_range=(0.6, 1.4), keep_ratio=True),
-    dict(type='RandomCrop', crop_size=crop_size, cat_max_ratio=0.75),
+    dict(type=RandomCrop, crop_size=crop_size, cat_max_ratio=0.75),
     dict(type='RandomFlip', prob=0.5),
-    dict(type='PhotoMetricDistortion'),
+    dict(type=PhotoMetricDistortion),
     dict(type='PackSegInputs'),
 ]
 test_pipeline = [

@@ -1,5 +1,5 @@
 # Cityscapes, 19 classes, 2048 x 1024. Layout and labelTrainIds: docs/data.md.
-from mmseg_volo import BeginSample, StreamSampler
+from mmseg_volo import BeginSample, PhotoMetricDistortion, RandomCrop, StreamSampler
 
 data_root = 'data/cityscapes'
 crop_size = (1024, 1024)
@@ -10,9 +10,9 @@ train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
     dict(type='RandomResize', scale=(2048, 1024), ratio_range=(0.5, 2.0), keep_ratio=True),
-    dict(type='RandomCrop', crop_size=crop_size, cat_max_ratio=0.75),
+    dict(type=RandomCrop, crop_size=crop_size, cat_max_ratio=0.75),
     dict(type='RandomFlip', prob=0.5),
-    dict(type='PhotoMetricDistortion'),
+    dict(type=PhotoMetricDistortion),
     dict(type='PackSegInputs'),
 ]
 test_pipeline = [

@@ -1,5 +1,5 @@
 # Toy streets in Cityscapes' layout, 256 x 128, 9 of its 19 classes: tools/toy_streets.py data/toy_streets.
-from mmseg_volo import BeginSample, StreamSampler
+from mmseg_volo import BeginSample, PhotoMetricDistortion, RandomCrop, StreamSampler
 
 data_root = 'data/toy_streets'
 crop_size = (96, 192)
@@ -10,9 +10,9 @@ train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
     dict(type='RandomResize', scale=(256, 128), ratio_range=(0.9, 1.1), keep_ratio=True),
-    dict(type='RandomCrop', crop_size=crop_size, cat_max_ratio=0.75),
+    dict(type=RandomCrop, crop_size=crop_size, cat_max_ratio=0.75),
     dict(type='RandomFlip', prob=0.5),
-    dict(type='PhotoMetricDistortion'),
+    dict(type=PhotoMetricDistortion),
     dict(type='PackSegInputs'),
 ]
 test_pipeline = [

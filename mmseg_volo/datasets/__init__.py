@@ -1,5 +1,6 @@
-"""Data sets that mmseg lacks, and checks of any data set."""
+"""Data sets and faster transforms that mmseg lacks, and checks of any data set."""
 
 from .camvid import CamVidDataset
+from .transforms import PhotoMetricDistortion, RandomCrop
 
-__all__ = ['CamVidDataset']
+__all__ = ['CamVidDataset', 'PhotoMetricDistortion', 'RandomCrop']
