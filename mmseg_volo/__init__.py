@@ -22,6 +22,7 @@ from .evaluation import SegmentationMetric  # noqa: E402
 from .models import (  # noqa: E402
     ARCHITECTURES,
     VOLO,
+    FCNHead,
     MultiLevelNeck,
     SegformerHead,
     SlidingCascadeSegmentor,
@@ -39,6 +40,7 @@ __all__ = [
     'CPUMemoryHook',
     'CamVidDataset',
     'DurableCheckpointHook',
+    'FCNHead',
     'IterationSeedHook',
     'MultiLevelNeck',
     'NonFiniteLossHook',

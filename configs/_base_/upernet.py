@@ -1,5 +1,5 @@
 # UPerNet with an auxiliary FCN head; each config adds backbone, neck, channels and classes.
-from mmseg_volo import MultiLevelNeck, SlidingSegmentor, UPerHead
+from mmseg_volo import FCNHead, MultiLevelNeck, SlidingSegmentor, UPerHead
 
 norm_cfg = dict(type='BN', requires_grad=True)
 model = dict(
@@ -29,7 +29,7 @@ model = dict(
         loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
     ),
     auxiliary_head=dict(
-        type='FCNHead',
+        type=FCNHead,
         in_index=2,
         channels=256,
         num_convs=1,

@@ -1,4 +1,4 @@
-"""Speed and memory of segmentors with our neck and head against the same backbone with mmseg's."""
+"""Speed and memory of segmentors with our neck and heads against the same backbone with mmseg's."""
 
 from functools import partial
 
@@ -92,7 +92,7 @@ class HeadBench:
         torch.manual_seed(0)
         ours = MODELS.build(cfg.model)
         settings = cfg.model.to_dict()
-        for part in ('neck', 'decode_head'):
+        for part in ('neck', 'decode_head', 'auxiliary_head'):
             if settings.get(part):
                 settings[part]['type'] = type_name(cfg.model[part])  # mmseg's registry has its own class of that name
         theirs = MODELS.build(settings)

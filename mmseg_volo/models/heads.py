@@ -1,4 +1,4 @@
-"""mmseg's UPerHead, SegformerHead and MultiLevelNeck, computed at the resolution of their inputs.
+"""mmseg's UPerHead, SegformerHead, FCNHead and MultiLevelNeck, in less time and memory.
 
 These modules resize feature maps and then convolve them. :func:`mmseg_volo.ops.resized_conv` gives the same result for
 a fraction of the multiplications. Parameters, their names and the outputs are those of mmseg's modules, so checkpoints
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from mmcv.cnn import ConvModule
+from mmseg.models.decode_heads import FCNHead as MmsegFCNHead
 from mmseg.models.decode_heads import SegformerHead as MmsegSegformerHead
 from mmseg.models.decode_heads import UPerHead as MmsegUPerHead
 from mmseg.models.necks import MultiLevelNeck as MmsegMultiLevelNeck
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 from ..ops import resized_conv
 from ..ops.plain import is_plain
 from ..ops.pooling import adaptive_avg_pool
+from .classifier import FullSizeClassifier
 
 
-class UPerHead(MmsegUPerHead):
+class UPerHead(FullSizeClassifier, MmsegUPerHead):
     """mmseg's ``UPerHead`` (https://arxiv.org/abs/1807.10221) for less time and memory; the arguments are the same."""
 
     def psp_forward(self, inputs: Sequence[Tensor]) -> Tensor:
@@ -42,7 +44,7 @@ class UPerHead(MmsegUPerHead):
         return _resized(self.fpn_bottleneck, maps, maps[0].shape[2:], self.align_corners)
 
 
-class SegformerHead(MmsegSegformerHead):
+class SegformerHead(FullSizeClassifier, MmsegSegformerHead):
     """mmseg's ``SegformerHead`` (https://arxiv.org/abs/2105.15203) for less time and memory; same arguments."""
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
@@ -52,6 +54,10 @@ class SegformerHead(MmsegSegformerHead):
         inputs = self._transform_inputs(inputs)
         maps = [conv(x) for conv, x in zip(self.convs, inputs, strict=True)]
         return self.cls_seg(_resized(self.fusion_conv, maps, inputs[0].shape[2:], self.align_corners))
+
+
+class FCNHead(FullSizeClassifier, MmsegFCNHead):
+    """mmseg's ``FCNHead`` (https://arxiv.org/abs/1411.4038) with a loss for less time and memory; same arguments."""
 
 
 class MultiLevelNeck(MmsegMultiLevelNeck):
