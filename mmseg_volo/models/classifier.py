@@ -7,6 +7,7 @@ from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.models.losses import CrossEntropyLoss
 from torch import Tensor, nn
 
+from ..ops.norm_relu import recomputed
 from ..ops.plain import is_plain
 from ..ops.strip_loss import resized_cross_entropy
 
@@ -23,11 +24,13 @@ class FullSizeClassifier(BaseDecodeHead):
         conv, dropout = self.conv_seg, self.dropout
         plain = is_plain(conv, nn.Conv2d) and conv.kernel_size == (1, 1) and conv.groups == 1
         if not (self.training and dropout is not None and plain and is_plain(dropout, nn.Dropout2d)):
-            return super().cls_seg(feat)
+            with recomputed([feat]):
+                return super().cls_seg(feat)
         (B, C, H, W), K = feat.shape, conv.out_channels
         noise = dropout(feat.new_ones(B, C, 1, 1))  # the numbers that it draws for a map
         weight = conv.weight.view(K, C) * noise.view(B, 1, C)
-        scores = feat.permute(0, 2, 3, 1).reshape(B, H * W, C) @ weight.transpose(1, 2)
+        with recomputed([feat]):
+            scores = feat.permute(0, 2, 3, 1).reshape(B, H * W, C) @ weight.transpose(1, 2)
         if conv.bias is not None:
             scores = scores + conv.bias.to(scores.dtype)
         return scores.view(B, H, W, K).permute(0, 3, 1, 2)

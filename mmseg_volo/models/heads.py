@@ -18,6 +18,7 @@ from mmseg.models.utils import resize
 from torch import Tensor, nn
 
 from ..ops import resized_conv
+from ..ops.norm_relu import norm_relu, recipe_of, recomputed, set_recipe
 from ..ops.plain import is_plain
 from ..ops.pooling import adaptive_avg_pool
 from .classifier import FullSizeClassifier
@@ -34,11 +35,10 @@ class UPerHead(FullSizeClassifier, MmsegUPerHead):
 
     def _forward_feature(self, inputs: Sequence[Tensor]) -> Tensor:
         inputs = self._transform_inputs(inputs)
-        maps = [conv(x) for conv, x in zip(self.lateral_convs, inputs, strict=False)]
+        maps = [_conv(conv, x) for conv, x in zip(self.lateral_convs, inputs, strict=False)]
         maps.append(self.psp_forward(inputs))
         for i in range(len(maps) - 1, 0, -1):
-            size = maps[i - 1].shape[2:]
-            maps[i - 1] = maps[i - 1] + resize(maps[i], size, mode='bilinear', align_corners=self.align_corners)
+            maps[i - 1] = _add_resized(maps[i - 1], maps[i], self.align_corners)
         for i, conv in enumerate(self.fpn_convs):
             maps[i] = _resized(conv, [maps[i]], maps[i].shape[2:], self.align_corners)
         return _resized(self.fpn_bottleneck, maps, maps[0].shape[2:], self.align_corners)
@@ -52,7 +52,7 @@ class SegformerHead(FullSizeClassifier, MmsegSegformerHead):
         if self.interpolate_mode != 'bilinear':
             return super().forward(inputs)
         inputs = self._transform_inputs(inputs)
-        maps = [conv(x) for conv, x in zip(self.convs, inputs, strict=True)]
+        maps = [_conv(conv, x) for conv, x in zip(self.convs, inputs, strict=True)]
         return self.cls_seg(_resized(self.fusion_conv, maps, inputs[0].shape[2:], self.align_corners))
 
 
@@ -65,7 +65,7 @@ class MultiLevelNeck(MmsegMultiLevelNeck):
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """One map per scale, ``[B, out_channels, scale * h, scale * w]``."""
-        maps = [conv(x) for conv, x in zip(self.lateral_convs, inputs, strict=True)]
+        maps = [_conv(conv, x) for conv, x in zip(self.lateral_convs, inputs, strict=True)]
         if len(maps) == 1:
             maps *= self.num_outs
         outs = []
@@ -86,10 +86,32 @@ def _resized(module: ConvModule, maps: Sequence[Tensor], size: Sequence[int], al
         ]
         return module(torch.cat(same, 1))
     conv = module.conv
-    x = resized_conv(maps, conv.weight, conv.bias, size=tuple(size), align_corners=align_corners)
+    with recomputed(maps):
+        x = resized_conv(maps, conv.weight, conv.bias, size=tuple(size), align_corners=align_corners)
+    if module.with_norm and module.with_activation:
+        return norm_relu(x, module.norm, module.activate)
     if module.with_norm:
         x = module.norm(x)
     return module.activate(x) if module.with_activation else x
+
+
+def _conv(module: ConvModule, x: Tensor) -> Tensor:
+    """``module(x)``."""
+    return _resized(module, [x], x.shape[2:], align_corners=False) if _is_supported(module) else module(x)
+
+
+def _add_resized(x: Tensor, smaller: Tensor, align_corners: bool) -> Tensor:
+    """The sum of ``x`` and of ``smaller``, resized to the size of ``x``."""
+
+    def add(x: Tensor, smaller: Tensor) -> Tensor:
+        return x + resize(smaller, x.shape[2:], mode='bilinear', align_corners=align_corners)
+
+    y = add(x, smaller)
+    recipe, kept = recipe_of(x), smaller.detach()
+    if recipe is not None:
+        again = recipe_of(smaller) or (lambda: kept)
+        set_recipe(y, lambda: add(recipe(), again()))
+    return y
 
 
 def _is_supported(module: ConvModule) -> bool:
