@@ -17,6 +17,7 @@ from mmseg.registry import MODELS
 from parity import assert_close, error
 
 from mmseg_volo import MultiLevelNeck, SegformerHead, UPerHead
+from mmseg_volo.models import heads
 from mmseg_volo.models.pretrained import load_segmentor
 from mmseg_volo.ops.resized_maps import operator
 
@@ -92,6 +93,20 @@ def test_equals_mmsegs_module_in_value_and_every_gradient(kind, size, training):
     assert found.keys() == expected.keys()
     for name in expected:
         assert error(found[name], expected[name]) < 1e-10, name
+
+
+@pytest.mark.parametrize('affine', [True, False])
+@pytest.mark.parametrize('kind', KINDS)
+def test_norms_merged_into_convolutions_in_inference_give_the_same(kind, affine, monkeypatch):
+    ours, theirs = (module.double().eval() for module in pair(kind, norm_cfg=dict(type='BN', affine=affine)))
+    monkeypatch.setattr(heads, 'FOLDED', 0)
+    inputs = maps(kind, (37, 51), 2, torch.float64)
+    with torch.no_grad():
+        expected = theirs(inputs)
+        monkeypatch.setattr(torch.nn.functional, 'batch_norm', None)  # fails where a BatchNorm runs
+        found = ours(inputs)
+    for mine, other in zip(found, expected, strict=True):
+        assert error(mine, other) < 1e-10
 
 
 @pytest.mark.parametrize(

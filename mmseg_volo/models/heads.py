@@ -16,12 +16,15 @@ from mmseg.models.decode_heads import UPerHead as MmsegUPerHead
 from mmseg.models.necks import MultiLevelNeck as MmsegMultiLevelNeck
 from mmseg.models.utils import resize
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..ops import resized_conv
 from ..ops.norm_relu import norm_relu, recipe_of, recomputed, set_recipe
 from ..ops.plain import is_plain
 from ..ops.pooling import adaptive_avg_pool
 from .classifier import FullSizeClassifier
+
+FOLDED = 2**21  # elements of an output from which merging its BatchNorm into the weight takes less time
 
 
 class UPerHead(FullSizeClassifier, MmsegUPerHead):
@@ -30,7 +33,7 @@ class UPerHead(FullSizeClassifier, MmsegUPerHead):
     def psp_forward(self, inputs: Sequence[Tensor]) -> Tensor:
         """Pyramid pooling of the last map, ``[B, channels, h, w]``."""
         x = inputs[-1]
-        pooled = [conv(adaptive_avg_pool(x, pool.output_size)) for pool, conv in self.psp_modules]
+        pooled = [_conv(conv, adaptive_avg_pool(x, pool.output_size)) for pool, conv in self.psp_modules]
         return _resized(self.bottleneck, [x, *pooled], x.shape[2:], self.align_corners)
 
     def _forward_feature(self, inputs: Sequence[Tensor]) -> Tensor:
@@ -85,13 +88,19 @@ def _resized(module: ConvModule, maps: Sequence[Tensor], size: Sequence[int], al
             for x in maps
         ]
         return module(torch.cat(same, 1))
-    conv = module.conv
+    conv, norm = module.conv, module.norm if module.with_norm else None
+    weight, bias, size = conv.weight, conv.bias, tuple(size)
+    if _is_foldable(norm) and len(weight) * size[0] * size[1] >= FOLDED:
+        weight, bias = fuse_conv_bn_weights(
+            weight, bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        )
+        norm = None
     with recomputed(maps):
-        x = resized_conv(maps, conv.weight, conv.bias, size=tuple(size), align_corners=align_corners)
-    if module.with_norm and module.with_activation:
-        return norm_relu(x, module.norm, module.activate)
-    if module.with_norm:
-        x = module.norm(x)
+        x = resized_conv(maps, weight, bias, size=size, align_corners=align_corners)
+    if norm is not None and module.with_activation:
+        return norm_relu(x, norm, module.activate)
+    if norm is not None:
+        x = norm(x)
     return module.activate(x) if module.with_activation else x
 
 
@@ -112,6 +121,18 @@ def _add_resized(x: Tensor, smaller: Tensor, align_corners: bool) -> Tensor:
         again = recipe_of(smaller) or (lambda: kept)
         set_recipe(y, lambda: add(recipe(), again()))
     return y
+
+
+def _is_foldable(norm: nn.Module | None) -> bool:
+    """Whether ``norm`` is a BatchNorm in inference, which can be merged into the convolution before it."""
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()  # no branch on a symbolic size
+        and norm is not None
+        and is_plain(norm, nn.BatchNorm2d)
+        and not norm.training
+        and norm.running_mean is not None
+    )
 
 
 def _is_supported(module: ConvModule) -> bool:

@@ -94,8 +94,9 @@ class _NormRelu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad, *_):
         x, weight, bias, mean, scale = ctx.saved_tensors
-        grad = torch.where(_normalise(x, weight, bias, mean, scale) > 0, grad, 0)
+        y = _normalise(x, weight, bias, mean, scale)
+        torch.ops.aten.threshold_backward.grad_input(grad, y, 0, grad_input=y)
         gradients = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, None, None, mean, scale, True, ctx.eps, list(ctx.needs_input_grad[:3])
+            y, x, weight, None, None, mean, scale, True, ctx.eps, list(ctx.needs_input_grad[:3])
         )
         return *gradients, None, None, None

@@ -50,7 +50,9 @@ def resized_conv(
     if len(maps) == 1 and maps[0].shape[2:] == size and not has_faster_backward(maps[0], weight):
         return F.conv2d(maps[0], weight, bias, padding=weight.shape[2] // 2)
     y = resized_conv_op(list(maps), weight, *size, align_corners)
-    return y if bias is None else y + bias[:, None, None]
+    if bias is None:
+        return y
+    return y + bias[:, None, None] if torch.is_grad_enabled() else y.add_(bias[:, None, None])
 
 
 def _check(maps: Sequence[Tensor], weight: Tensor, size: tuple[int, ...]) -> None:
