@@ -1,5 +1,7 @@
 """Cross-entropy in strips: value, gradient and accuracy of resizing and torch's cross-entropy."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,8 +12,7 @@ from mmseg.structures import SegDataSample
 from parity import error
 
 from mmseg_volo import FCNHead
-from mmseg_volo.ops import strip_loss
-from mmseg_volo.ops.strip_loss import resized_cross_entropy
+from mmseg_volo.ops.strip_loss import cpu, explain, resized_cross_entropy, torch_form
 
 SIZES = [((7, 9), (28, 36)), ((1, 1), (9, 9)), ((13, 11), (50, 41)), ((20, 20), (10, 10)), ((6, 5), (6, 5))]
 
@@ -19,8 +20,8 @@ SIZES = [((7, 9), (28, 36)), ((1, 1), (9, 9)), ((13, 11), (50, 41)), ((20, 20), 
 @pytest.mark.parametrize('weighted', [False, True])
 @pytest.mark.parametrize('align_corners', [False, True])
 @pytest.mark.parametrize(('low', 'high'), SIZES, ids=str)
-def test_equals_torch(low, high, align_corners, weighted, monkeypatch):
-    monkeypatch.setitem(strip_loss.STRIP, 'cpu', 3000)  # several strips
+def test_equals_torch_in_float64(low, high, align_corners, weighted, monkeypatch):
+    monkeypatch.setitem(torch_form.STRIP, 'cpu', 3000)  # several strips
     torch.manual_seed(0)
     scores = torch.randn(2, 5, *low, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(5, (2, *high))
@@ -35,21 +36,71 @@ def test_equals_torch(low, high, align_corners, weighted, monkeypatch):
     assert error(*gradients) < 1e-12
 
 
+@pytest.mark.parametrize('weighted', [False, True])
+@pytest.mark.parametrize('align_corners', [False, True])
+@pytest.mark.parametrize(('low', 'high'), [*SIZES, ((16, 16), (64, 64))], ids=str)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
-def test_lower_precision_errs_no_more_than_torch(dtype):
+@pytest.mark.parametrize('form', [cpu, torch_form], ids=lambda form: form.__name__.rpartition('.')[2])
+def test_lower_precision_errs_no_more_than_torch(form, dtype, low, high, align_corners, weighted):
     torch.manual_seed(0)
-    scores = torch.randn(2, 19, 16, 16).to(dtype).requires_grad_()
-    labels = torch.randint(19, (2, 64, 64))
+    scores = torch.randn(2, 19, *low).to(dtype).requires_grad_()
+    labels = torch.randint(19, (2, *high))
+    labels[0, :1] = 255
+    weight = torch.rand(19) if weighted else None
+    if form.why_not(scores):
+        pytest.skip(form.why_not(scores))
     exact_scores = scores.detach().double().requires_grad_()
     found = []
-    for x, function in ((scores, 'ours'), (scores, 'torch'), (exact_scores, 'torch')):
-        if function == 'ours':
-            total = resized_cross_entropy(x, labels, None, 255, False)[0]
-        else:
-            total = F.cross_entropy(F.interpolate(x, (64, 64), mode='bilinear').to(x.dtype), labels, reduction='sum')
+    for x in (scores, exact_scores):
+        resized = F.interpolate(x, high, mode='bilinear', align_corners=align_corners)
+        factors = None if weight is None else weight.to(x.dtype)
+        total = F.cross_entropy(resized, labels, factors, reduction='sum', ignore_index=255)
         found.append((total.detach(), torch.autograd.grad(total, x)[0]))
-    for ours, theirs, exact in zip(*found, strict=True):
+    total, correct, gradient = form.compute(scores.detach(), labels, weight, 255, align_corners, True)
+    for ours, theirs, exact in zip((total, gradient), *found, strict=True):
         assert error(ours, exact) <= max(2 * error(theirs, exact), 1e-6)
+    rank = F.interpolate(scores.detach().float(), high, mode='bilinear', align_corners=align_corners).argmax(1)
+    assert abs(correct - (rank == labels).sum()) <= 1  # scores may be almost equal
+    assert form.compute(scores.detach(), labels, weight, 255, align_corners, False)[2] is None
+
+
+def test_any_number_of_threads_gives_the_same_bits():
+    torch.manual_seed(0)
+    scores, labels = torch.randn(3, 19, 9, 11), torch.randint(19, (3, 40, 37))
+    if cpu.why_not(scores):
+        pytest.skip(cpu.why_not(scores))
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(cpu.compute(scores, labels, None, 255, False, True))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(*pair) for pair in zip(results[0], result, strict=True))
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize('label', [19, -1])
+def test_a_label_that_is_no_class_is_an_error(label, dtype):
+    labels = torch.zeros(1, 8, 8, dtype=torch.int64)
+    labels[0, 3, 4] = label
+    with pytest.raises((IndexError, RuntimeError), match='out of bounds'):
+        resized_cross_entropy(torch.randn(1, 19, 4, 4, dtype=dtype), labels, None, 255, False)
+
+
+def test_explain_names_the_form_of_each_dtype():
+    table = explain()
+    assert re.search(r'cpu\s+\| float64\s+\| torch\s+\| it sums in float32', table)
+    assert re.search(r'cpu\s+\| bfloat16\s+\| (cpu|torch .*compiler)', table)
+
+
+def test_a_score_that_is_not_finite_makes_the_loss_not_finite():
+    scores = torch.randn(1, 5, 4, 4)
+    scores[0, 2, 1, 1] = float('nan')
+    total, _ = resized_cross_entropy(scores, torch.zeros(1, 16, 16, dtype=torch.int64), None, 255, False)
+    assert not torch.isfinite(total)
 
 
 def test_only_a_small_gradient_is_stored():

@@ -1,6 +1,6 @@
 """Operators."""
 
-from . import outlook, resized_maps
+from . import outlook, resized_maps, strip_loss
 from .outlook import outlook_attention
 from .resized_maps import resized_conv
 
@@ -9,4 +9,9 @@ __all__ = ['explain', 'outlook_attention', 'resized_conv']
 
 def explain() -> str:
     """Tables that show which implementation of each operator runs on this machine, and why the others do not."""
-    return f'outlook_attention\n{outlook.explain()}\nresized_conv\n{resized_maps.explain()}'
+    tables = dict(
+        outlook_attention=outlook.explain(),
+        resized_conv=resized_maps.explain(),
+        resized_cross_entropy=strip_loss.explain(),
+    )
+    return '\n'.join(f'{name}\n{table}' for name, table in tables.items())

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..choices import choices_table
 from . import same_size
 
 # In order of preference.
@@ -39,15 +40,7 @@ def choose(x: Tensor) -> ModuleType:
 
 def explain() -> str:
     """Table that shows for each device and dtype which implementation runs, and why the first choice does not."""
-    from prettytable import PrettyTable
-
-    table = PrettyTable(['device', 'dtype', 'runs', 'why not cpu'], align='l', max_width=60)
-    for device in ['cpu', *(['cuda'] if torch.cuda.is_available() else [])]:
-        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            x = torch.empty(1, 1, 1, 1, device=device, dtype=dtype)
-            name = choose(x).__name__.rpartition('.')[2]
-            table.add_row([device, str(dtype).removeprefix('torch.'), name, _module('cpu').why_not(x) or ''])
-    return str(table)
+    return choices_table(lambda x: choose(x).__name__.rpartition('.')[2], 'cpu', _module('cpu').why_not)
 
 
 def _module(name: str) -> ModuleType:
