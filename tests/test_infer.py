@@ -487,6 +487,25 @@ def test_a_full_disk_ends_the_run_after_complete_files(folder, checkpoint, tmp_p
         Image.open(path).load()
 
 
+@pytest.mark.parametrize('options', [{}, SLIDE], ids=['whole', 'slide'])
+def test_a_compiled_backbone_gives_the_same_probabilities(place, checkpoint, tmp_path, monkeypatch, options):
+    compiled = []
+
+    def with_fast_backend(*args, **kwargs):
+        compiled.append(kwargs)
+        return compile_with(*args, backend='aot_eager', **kwargs)
+
+    compile_with = torch.compile
+    monkeypatch.setattr(torch, 'compile', with_fast_backend)  # Inductor takes a minute
+    path = scenes(place)[0]
+    for on in (False, True):
+        out = str(tmp_path / str(on))
+        infer(CONFIG, checkpoint, [str(path)], out, save=['prob'], compile=on, cfg_options=options)
+    eager, fast = (np.load(tmp_path / str(on) / f'prob/{path.stem}.npy') for on in (False, True))
+    np.testing.assert_allclose(fast.astype(float), eager, atol=2e-3)  # float16
+    assert compiled == [dict(dynamic=False)]
+
+
 # Huge pictures
 
 

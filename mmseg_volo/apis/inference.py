@@ -37,6 +37,7 @@ def infer(
     opacity: float = 0.55,
     tta: bool = False,
     amp: bool = False,
+    compile: bool = False,
     cfg_options: dict | None = None,
 ) -> list[str]:
     """Segment images and videos. A video gives an overlay only.
@@ -49,6 +50,7 @@ def infer(
         opacity: opacity of the overlay, from 0 to 1.
         tta: average over the scales and flips of the config's ``tta_pipeline``.
         amp: mixed precision: autocast to bfloat16, or to float16 on a GPU without bfloat16.
+        compile: run the backbone under ``torch.compile``, which compiles once per size of picture or window.
 
     Returns:
         The files that could not be decoded, or only in part; each was reported by a warning.
@@ -67,7 +69,7 @@ def infer(
     cfg = load_config(config, cfg_options or {})
     if tta:
         check_tta(cfg, config)
-    predictor = Predictor(cfg, checkpoint, resolve_device(device), tta, amp)
+    predictor = Predictor(cfg, checkpoint, resolve_device(device), tta, amp, compile)
     out = make_writable(out_dir)
     skipped, broken, start = [], [], time.perf_counter()
     results = _segment_files(outputs, out, predictor, opacity, save)

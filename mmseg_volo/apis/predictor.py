@@ -17,7 +17,7 @@ from torch import Tensor
 from ..config import data_sets, without_steps
 from ..errors import UserError
 from ..models.pretrained import load_segmentor
-from ..models.segmentor import best_class, last_head
+from ..models.segmentor import best_class, compile_backbone, last_head
 
 ROWS = 256  # of probabilities, computed at a time
 SMALL, SLIM = 32, 16  # shortest side in pixels and aspect ratio at which the neck's coarsest level may be empty
@@ -56,9 +56,10 @@ class Predictor:
         device: where the model runs.
         tta: average over the scales and flips of ``cfg.tta_pipeline``.
         amp: autocast to bfloat16, or to float16 on a GPU without bfloat16.
+        compiled: run the backbone under ``torch.compile``.
     """
 
-    def __init__(self, cfg: Config, checkpoint: str, device: str, tta: bool, amp: bool):
+    def __init__(self, cfg: Config, checkpoint: str, device: str, tta: bool, amp: bool, compiled: bool = False):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # without a checkpoint mmseg guesses the classes; they are set below
             self.model = init_model(cfg, checkpoint=None, device='cpu')
@@ -66,6 +67,8 @@ class Predictor:
         meta = meta or DATASETS.get(cfg.test_dataloader.dataset.type).METAINFO
         self.classes, self.palette = meta['classes'], meta['palette']
         self.model.to(device)
+        if compiled:
+            compile_backbone(self.model)
         self.device, self.amp = device, amp
         self.tester = MODELS.build(dict(cfg.tta_model, module=self.model)) if tta else self.model
         self.segments = hasattr(self.tester, 'segment')  # SlidingSegmentor does, and needs no packing

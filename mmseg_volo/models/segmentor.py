@@ -192,6 +192,14 @@ def best_class(logits: Tensor) -> Tensor:
     return logits.max(0).indices  # on a CPU argmax(0) takes ten times as long (torch 2.11)
 
 
+def compile_backbone(model: nn.Module) -> None:
+    """Compile the backbone in place with ``torch.compile``, once per size; its parameters keep their names.
+
+    After 8 sizes torch runs further ones uncompiled.
+    """
+    model.backbone.compile(dynamic=False)  # Inductor fails with symbolic sizes on a CPU (torch 2.11)
+
+
 def last_head(model: EncoderDecoder) -> Any:
     """The decode head whose logits are the result, in a cascade the last one."""
     return model.decode_head[-1] if isinstance(model.decode_head, nn.ModuleList) else model.decode_head
