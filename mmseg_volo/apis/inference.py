@@ -3,7 +3,7 @@
 import glob
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from itertools import groupby
 from pathlib import Path
@@ -134,7 +134,7 @@ def _is_video(path: str) -> bool:
 
 def _segment_files(
     outputs: dict[str, str], out: Path, predictor: Predictor, opacity: float, save: Sequence[str]
-) -> Iterator[tuple[str, Undecodable | str | None]]:
+) -> Generator[tuple[str, Undecodable | str | None], None, None]:
     """Yield each file in order when its results are written, and the reason if they are missing or incomplete."""
     for are_videos, files in groupby(outputs.items(), key=lambda item: _is_video(item[0])):
         if are_videos:

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -37,9 +38,9 @@ class Picture:
 
     path: str
     name: str
-    image: np.ndarray | None = None
-    label: np.ndarray | None = None
-    prob: np.ndarray | None = None
+    image: Any = None
+    label: Any = None
+    prob: Any = None
     problem: Undecodable | None = None
 
     def forget(self) -> None:
@@ -119,7 +120,7 @@ class Predictor:
     def _results(self, batch: list[Picture], probabilities: bool) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
         """Yield labels and probabilities of pictures of one size."""
         images = [picture.image for picture in batch]
-        outputs = self._segmented(images, probabilities) if self.segments else map(self._tested, images)
+        outputs: Iterator[Any] = self._segmented(images, probabilities) if self.segments else map(self._tested, images)
         for image in images:
             with self._autocast():
                 output = next(outputs)

@@ -192,7 +192,7 @@ def best_class(logits: Tensor) -> Tensor:
     return logits.max(0).indices  # on a CPU argmax(0) takes ten times as long (torch 2.11)
 
 
-def compile_backbone(model: nn.Module) -> None:
+def compile_backbone(model: Any) -> None:
     """Compile the backbone in place with ``torch.compile``, once per size; its parameters keep their names.
 
     After 8 sizes torch runs further ones uncompiled.
