@@ -77,6 +77,10 @@ def _add_verbose(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--verbose', action='store_true', help='print everything that goes into the log file')
 
 
+def _add_compile(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--compile', action='store_true', help='torch.compile the backbone; takes minutes to start')
+
+
 # The commands: arguments, then work. A command returns its exit status, or None for success.
 
 
@@ -94,6 +98,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate with the batch size')
     parser.add_argument('--seed', type=int, help='random seed for Python, NumPy and PyTorch')
     parser.add_argument('--deterministic', action='store_true', help='bit-identical results; slower on a GPU')
+    _add_compile(parser)
     _add_processes(parser)
     _add_verbose(parser)
 
@@ -143,6 +148,7 @@ def _add_infer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--opacity', type=float, default=0.55, help='opacity of the overlay, 0 to 1 ' + DEFAULT)
     parser.add_argument('--tta', action='store_true', help='average predictions over several scales and flips')
     parser.add_argument('--amp', action='store_true', help='mixed precision: bfloat16, or float16 on older GPUs')
+    _add_compile(parser)
     _add_device(parser, numbered=True)
 
 

@@ -1,5 +1,6 @@
 """Label maps as pictures."""
 
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ._files import whole
 
-ROWS = 256  # processed at a time: images may be huge
+ROWS = 64  # processed at a time: images may be huge
 PIXELS = 2**20  # counted at a time: np.bincount converts them to int64
 
 
@@ -20,8 +21,9 @@ def overlay(image: np.ndarray, label: np.ndarray, palette: Sequence | np.ndarray
     for top in range(0, len(label), ROWS):
         bare, ids = np.ascontiguousarray(image[top : top + ROWS]), label[top : top + ROWS]
         known = ids < len(colours)
-        mixed = cv2.addWeighted(bare, 1 - opacity, colours[np.where(known, ids, 0)], opacity, 0)
-        picture.paste(Image.fromarray(np.where(known[..., None], mixed, bare)), (0, top))
+        mixed = cv2.addWeighted(bare, 1 - opacity, colours.take(np.where(known, ids, 0), axis=0), opacity, 0)
+        shown = mixed if known.all() else np.where(known[..., None], mixed, bare)
+        picture.paste(Image.fromarray(shown), (0, top))
     return picture
 
 
@@ -75,5 +77,7 @@ def truth_and_prediction(
 
 def save_whole(picture: Image.Image, path: Path) -> None:
     """Save as PNG, atomically."""
+    # Repetitions are rare in photographs: without a search for them PNG takes a quarter of the time and 1 % more bytes.
+    strategy = {'compress_type': zlib.Z_RLE} if picture.mode == 'RGB' else {}
     with whole(path) as partial:
-        picture.save(partial, format='PNG')
+        picture.save(partial, format='PNG', **strategy)

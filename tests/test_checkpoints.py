@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -90,6 +91,19 @@ def assert_same_weights(one: dict, other: dict) -> None:
     for part in ('state_dict', 'ema_state_dict'):
         assert one[part].keys() == other[part].keys()
         assert all(torch.equal(tensor, other[part][key]) for key, tensor in one[part].items()), part
+
+
+def test_a_compiled_run_writes_the_checkpoints_of_an_eager_one_and_can_be_resumed(toy, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend='aot_eager'))  # Inductor takes minutes
+    with pytest.raises(Lightning):
+        run(toy, tmp_path, dict(type='DoAtHook', iteration=3), seed=0, compile=True)
+    run(toy, tmp_path, resume='auto', compile=True)
+    names = [sorted(path.name for path in folder.glob('iter_*.pth')) for folder in (tmp_path, whole)]
+    assert names[0] == names[1]
+    compiled, eager = (read_checkpoint(folder / names[0][-1])['state_dict'] for folder in (tmp_path, whole))
+    assert compiled.keys() == eager.keys()
+    for key in eager:
+        torch.testing.assert_close(compiled[key], eager[key], rtol=1e-3, atol=1e-4)
 
 
 def test_a_run_struck_by_lightning_ends_as_if_it_had_not_been(toy, whole, tmp_path):

@@ -2,10 +2,13 @@
 
 import resource
 import shutil
+import signal
 import struct
+import threading
+import time
 import tracemalloc
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,10 +23,13 @@ from mmengine.registry import init_default_scope
 from mmseg.registry import DATASETS, MODELS
 from PIL import Image, ImageOps
 
-from mmseg_volo.apis.inference import _Predictor, infer
+from mmseg_volo.apis import inference
+from mmseg_volo.apis.inference import infer
+from mmseg_volo.apis.predictor import Picture, Predictor
 from mmseg_volo.config import load_config
 from mmseg_volo.datasets.toy_streets import make_toy_streets
 from mmseg_volo.errors import UserError
+from mmseg_volo.models.segmentor import SlidingSegmentor
 from mmseg_volo.visualization import label_png, overlay, with_legend
 from mmseg_volo_cli import main
 
@@ -323,8 +329,15 @@ def test_the_overlay_of_a_video_keeps_frames_and_rate(place, checkpoint, tmp_pat
         assert 2 * own < min(other, swapped)  # MPEG-4 blurs
 
 
+def unlabelled(predictor: Predictor, pictures: Iterable[Picture], probabilities: bool = False) -> Iterator[Picture]:
+    """In place of ``Predictor.predict``: class 0 everywhere, at once."""
+    for picture in pictures:
+        picture.label = None if picture.image is None else np.zeros(picture.image.shape[:2], np.uint8)
+        yield picture
+
+
 def test_a_video_is_read_frame_by_frame(place, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(_Predictor, 'labels', lambda self, image: np.zeros(image.shape[:2], np.uint8))
+    monkeypatch.setattr(Predictor, 'predict', unlabelled)
     peaks, size = [], (640, 480)
     for frames in (5, 65):
         source = film(place, tmp_path / f'{frames}.avi', frames, size)
@@ -376,6 +389,121 @@ def test_the_tool_exits_with_1_if_files_were_skipped(place, checkpoint, tmp_path
     assert '1 of 3 images and videos segmented on cpu' in output
     files = {str(path.relative_to(tmp_path / 'out')) for path in (tmp_path / 'out').rglob('*') if path.is_file()}
     assert files == {'vis/a.png', 'prob/a.npy'}
+
+
+# Reading, computing and writing overlap.
+
+
+@pytest.fixture
+def folder(place, tmp_path) -> Path:
+    """Twelve pictures of two sizes, the fourth and the ninth of which cannot be decoded."""
+    folder = tmp_path / 'pictures'
+    folder.mkdir()
+    for i in range(12):
+        picture = Image.open(scenes(place)[i % 2])
+        picture.resize((80, 48) if i in (6, 7) else SIZE).save(folder / f'{i:02}.png')
+    for i in (3, 8):
+        (folder / f'{i:02}.png').write_bytes(b'no picture')
+    return folder
+
+
+def results_of(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob('*') if path.is_file()}
+
+
+def test_a_folder_gives_the_same_files_as_its_pictures_one_by_one(folder, checkpoint, tmp_path, capsys):
+    kinds = ['labels', 'overlay', 'prob']
+    bad = infer(CONFIG, checkpoint, [str(folder)], str(tmp_path / 'together'), save=kinds)
+    assert bad == [str(folder / name) for name in ('03.png', '08.png')]
+    output = capsys.readouterr().out
+    assert output.index('03.png cannot') < output.index('08.png cannot') < output.index('10 of 12 images segmented')
+    for path in sorted(folder.iterdir()):
+        if str(path) not in bad:
+            infer(CONFIG, checkpoint, [str(path)], str(tmp_path / 'alone'), save=kinds)
+    assert results_of(tmp_path / 'together') == results_of(tmp_path / 'alone')
+    assert len(results_of(tmp_path / 'alone')) == 30
+
+
+@pytest.mark.parametrize('options', [{}, SLIDE], ids=['whole', 'slide'])
+@pytest.mark.parametrize('kind', ['labels', 'prob'])
+def test_batches_of_pictures_of_one_size_give_the_labels_of_single_ones(
+    folder, checkpoint, tmp_path, options, kind, monkeypatch
+):
+    sizes, logits = [], SlidingSegmentor._logits
+    monkeypatch.setattr(SlidingSegmentor, '_logits', lambda self, im: sizes.append(len(im)) or logits(self, im))
+    for batch in (1, 4):
+        sizes.clear()
+        batched = options | {'model.test_cfg.batch_size': batch}
+        infer(CONFIG, checkpoint, [str(folder)], str(tmp_path / str(batch)), save=[kind], cfg_options=batched)
+    if not options:  # 00 to 02 before a broken file, 04 and 05, 06 and 07 of another size, 09 to 11 after a broken file
+        assert sizes == [3, 2, 2, 3]
+    read = np.load if kind == 'prob' else Image.open
+    for path in sorted((tmp_path / '1').rglob('*.*')):
+        single, together = (np.asarray(read(tmp_path / str(b) / path.parent.name / path.name)) for b in (1, 4))
+        assert single.shape == together.shape
+        assert np.mean(single != together) < 1e-3 if kind == 'labels' else np.allclose(single, together, atol=2e-3)
+
+
+def test_a_slow_disk_does_not_let_pictures_pile_up(checkpoint, tmp_path, monkeypatch):
+    side, picture = 500, 500 * 500 * (3 + 1)
+    for i in range(30):
+        Image.new('RGB', (side, side), (i, i, i)).save(tmp_path / f'{i:02}.png')
+    monkeypatch.setattr(Predictor, 'predict', unlabelled)
+    monkeypatch.setattr(inference, '_write', lambda *args: time.sleep(0.01))
+    peaks = []
+    for count in (6, 30):
+        paths = [str(tmp_path / f'{i:02}.png') for i in range(count)]
+        with traced() as peak:
+            infer(CONFIG, checkpoint, paths, str(tmp_path / 'out'), save=['labels'])
+        peaks.append(peak[0])
+    assert peaks[1] - peaks[0] < 2 * picture
+
+
+def test_ctrl_c_leaves_whole_files_and_no_thread(folder, checkpoint, tmp_path, monkeypatch):
+    seen, segment_all = [], SlidingSegmentor.segment_all
+
+    def interrupted(self, *args):
+        seen.append(0)
+        if len(seen) == 6:
+            signal.raise_signal(signal.SIGINT)
+        return segment_all(self, *args)
+
+    monkeypatch.setattr(SlidingSegmentor, 'segment_all', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        infer(CONFIG, checkpoint, [str(folder)], str(tmp_path / 'out'))
+    names = ['00.png', '01.png', '02.png', '04.png', '05.png']  # 03 cannot be decoded
+    for kind in ('pred', 'vis'):
+        assert sorted(path.name for path in (tmp_path / 'out' / kind).iterdir()) == names
+        for name in names:
+            Image.open(tmp_path / 'out' / kind / name).load()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith('ThreadPoolExecutor')]
+
+
+def test_a_full_disk_ends_the_run_after_complete_files(folder, checkpoint, tmp_path):
+    with small_disk(6000), pytest.raises(UserError, match=r'cannot write to .*; files written before are complete'):
+        infer(CONFIG, checkpoint, [str(folder)], str(tmp_path / 'out'), save=['labels', 'overlay'])
+    for path in (tmp_path / 'out').rglob('*.*'):
+        assert not path.name.startswith('.')
+        Image.open(path).load()
+
+
+@pytest.mark.parametrize('options', [{}, SLIDE], ids=['whole', 'slide'])
+def test_a_compiled_backbone_gives_the_same_probabilities(place, checkpoint, tmp_path, monkeypatch, options):
+    compiled = []
+
+    def with_fast_backend(*args, **kwargs):
+        compiled.append(kwargs)
+        return compile_with(*args, backend='aot_eager', **kwargs)
+
+    compile_with = torch.compile
+    monkeypatch.setattr(torch, 'compile', with_fast_backend)  # Inductor takes a minute
+    path = scenes(place)[0]
+    for on in (False, True):
+        out = str(tmp_path / str(on))
+        infer(CONFIG, checkpoint, [str(path)], out, save=['prob'], compile=on, cfg_options=options)
+    eager, fast = (np.load(tmp_path / str(on) / f'prob/{path.stem}.npy') for on in (False, True))
+    np.testing.assert_allclose(fast.astype(float), eager, atol=2e-3)  # float16
+    assert compiled == [dict(dynamic=False)]
 
 
 # Huge pictures

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from parity import assert_close, error
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmseg_volo.ops import explain, native, resized_conv
 from mmseg_volo.ops.pooling import adaptive_avg_pool
 from mmseg_volo.ops.resized_maps import cpu, same_size
-from mmseg_volo.ops.resized_maps.operator import FORCE, choose, resized_conv_op
+from mmseg_volo.ops.resized_maps.operator import FORCE, choose, resized_conv_backward_op, resized_conv_op
 from mmseg_volo.ops.resized_maps.reference import resized_conv_reference
 
 # Sizes of the maps, size of the output, channels of each map, output channels, kernel.
@@ -126,6 +127,19 @@ def test_torchs_checks_of_operators():
     torch.library.opcheck(resized_conv_op, (maps, weight, *size, False))
     maps, weight, _, size = inputs(CASES[2], torch.float64)
     torch.library.opcheck(resized_conv_op, (maps, weight, *size, True))
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_the_layouts_of_gradients_are_those_that_a_compiler_is_told(case):
+    maps, weight, _, size = inputs(case, torch.float32)
+    maps, weight = [x.detach() for x in maps], weight.detach()
+    grad = torch.ones(len(maps[0]), len(weight), *size)
+    with FakeTensorMode() as mode:
+        fake = [[mode.from_tensor(x) for x in maps], mode.from_tensor(weight)]
+        told = resized_conv_backward_op(mode.from_tensor(grad), *fake, False, [True] * len(maps), True)
+    found = resized_conv_backward_op(grad, maps, weight, False, [True] * len(maps), True)
+    assert [x.shape for x in found] == [x.shape for x in told]
+    assert found[0].is_contiguous() and told[0].is_contiguous()
 
 
 def test_compiles_as_one_graph():

@@ -3,41 +3,28 @@
 import glob
 import os
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from itertools import groupby
 from pathlib import Path
 
 import cv2
 import mmcv
 import numpy as np
-import torch
-from mmengine.config import Config
-from mmengine.dataset import Compose, pseudo_collate
-from mmseg.apis import init_model
-from mmseg.registry import DATASETS, MODELS
-from mmseg.structures import SegDataSample
-from torch import Tensor
 from tqdm import tqdm
 
 from .._device import resolve_device
 from .._files import distinct_names, whole
-from ..config import check_tta, data_sets, load_config, make_writable, without_steps
+from ..config import check_tta, load_config, make_writable
 from ..errors import UserError
-from ..models.pretrained import load_segmentor
-from ..models.segmentor import last_head
 from ..visualization import label_png, overlay, save_whole, with_legend
+from .predictor import Picture, Predictor, Undecodable
+from .threads import in_threads
+from .video import VIDEO_SUFFIXES, segment_video
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
-VIDEO_SUFFIXES = ('.mp4', '.m4v', '.mov', '.avi', '.mkv', '.webm')
+WRITERS = min(4, max(1, (os.cpu_count() or 1) // 2))  # threads: a GPU computes faster than one core compresses
 RESULTS = {'labels': 'pred', 'overlay': 'vis', 'prob': 'prob'}  # kinds of results and their folders
-ROWS = 256  # of probabilities, computed at a time
-SMALL, SLIM = 32, 16  # shortest side in pixels and aspect ratio at which the neck's coarsest level may be empty
-MISCOUNTED = 0.01  # share of a video's frames: some containers only estimate their number
-
-
-class _Undecodable(UserError):
-    """A file that cannot be decoded or segmented; it is skipped, and the other files continue."""
 
 
 def infer(
@@ -50,6 +37,7 @@ def infer(
     opacity: float = 0.55,
     tta: bool = False,
     amp: bool = False,
+    compile: bool = False,
     cfg_options: dict | None = None,
 ) -> list[str]:
     """Segment images and videos. A video gives an overlay only.
@@ -62,6 +50,7 @@ def infer(
         opacity: opacity of the overlay, from 0 to 1.
         tta: average over the scales and flips of the config's ``tta_pipeline``.
         amp: mixed precision: autocast to bfloat16, or to float16 on a GPU without bfloat16.
+        compile: run the backbone under ``torch.compile``, which compiles once per size of picture or window.
 
     Returns:
         The files that could not be decoded, or only in part; each was reported by a warning.
@@ -80,20 +69,22 @@ def infer(
     cfg = load_config(config, cfg_options or {})
     if tta:
         check_tta(cfg, config)
-    predictor = _Predictor(cfg, checkpoint, resolve_device(device), tta, amp)
+    predictor = Predictor(cfg, checkpoint, resolve_device(device), tta, amp, compile)
     out = make_writable(out_dir)
     skipped, broken, start = [], [], time.perf_counter()
-    for path, name in tqdm(outputs.items(), 'files', unit='file', disable=None):
+    results = _segment_files(outputs, out, predictor, opacity, save)
+    with closing(results), tqdm(desc='files', total=len(outputs), unit='file', disable=None) as progress:
         try:
-            if not _is_video(path):
-                _segment_image(path, out, name, predictor, save, opacity)
-            elif not _segment_video(path, out / 'vis' / f'{name}.mp4', predictor, opacity):
-                broken.append(path)
-        except _Undecodable as error:
-            if len(outputs) == 1:
-                raise
-            tqdm.write(f'warning: {error}; skipped')
-            skipped.append(path)
+            for path, problem in results:
+                progress.update()
+                if isinstance(problem, Undecodable):
+                    if len(outputs) == 1:
+                        raise problem
+                    tqdm.write(f'warning: {problem}; skipped')
+                    skipped.append(path)
+                elif problem:
+                    tqdm.write(f'warning: {problem}')
+                    broken.append(path)
         except OSError as error:
             raise UserError(f'cannot write to {out} ({error.strerror}); files written before are complete') from None
     what = 'images and videos' if videos else 'images'
@@ -141,86 +132,66 @@ def _is_video(path: str) -> bool:
     return path.lower().endswith(VIDEO_SUFFIXES)
 
 
-class _Predictor:
-    """A model for decoded images (BGR, uint8 ``[H, W, 3]``)."""
-
-    def __init__(self, cfg: Config, checkpoint: str, device: str, tta: bool, amp: bool):
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # without a checkpoint mmseg guesses the classes; they are set below
-            self.model = init_model(cfg, checkpoint=None, device='cpu')
-        meta = load_segmentor(self.model, checkpoint).get('dataset_meta')
-        meta = meta or DATASETS.get(cfg.test_dataloader.dataset.type).METAINFO
-        self.classes, self.palette = meta['classes'], meta['palette']
-        self.model.to(device)
-        self.device, self.amp = device, amp
-        self.tester = MODELS.build(dict(cfg.tta_model, module=self.model)) if tta else self.model
-        self.segments = hasattr(self.tester, 'segment')  # SlidingSegmentor does, and needs no packing
-        steps = cfg.tta_pipeline if tta else data_sets(cfg.test_dataloader.dataset)[0].pipeline
-        # Images are already decoded and have no labels.
-        left_out = ('LoadImageFromFile', 'LoadAnnotations', *(['PackSegInputs'] if self.segments else []))
-        self.pipeline = Compose([dict(type='LoadImageFromNDArray'), *without_steps(steps, left_out)])
-
-    @torch.no_grad()
-    def labels(self, image: np.ndarray) -> np.ndarray:
-        """Labels uint8 ``[H, W]``."""
-        with self._autocast():
-            if self.segments:
-                return self._segment(image).numpy()
-            return self._test(image).pred_sem_seg.data.reshape(image.shape[:2]).byte().cpu().numpy()
-
-    @torch.no_grad()
-    def labels_and_probabilities(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Labels uint8 ``[H, W]`` and probabilities float16 ``[classes, H, W]``, one of a binary head."""
-        with self._autocast():
-            if self.segments:
-                logits = self._segment(image, logits=True)
-            else:
-                logits = self._test(image).seg_logits.data.float().cpu()
-        if self.model.out_channels == 1:
-            prob = logits.sigmoid()
-            return (prob[0] > last_head(self.model).threshold).byte().numpy(), prob.half().numpy()
-        prob = torch.empty(logits.shape, dtype=torch.half)
-        for to, rows in zip(prob.split(ROWS, 1), logits.split(ROWS, 1), strict=True):  # never all rows in float32
-            to.copy_(rows.softmax(0))
-        return logits.argmax(0).byte().numpy(), prob.numpy()
-
-    def _segment(self, image: np.ndarray, **kwargs) -> Tensor:
-        resized = torch.from_numpy(self.pipeline(dict(img=image))['img']).permute(2, 0, 1)
-        return self.model.segment(resized, image.shape[:2], **kwargs)
-
-    def _test(self, image: np.ndarray) -> SegDataSample:
-        return self.tester.test_step(pseudo_collate([self.pipeline(dict(img=image))]))[0]
-
-    def _autocast(self) -> torch.autocast:
-        kind = torch.device(self.device).type
-        lacks_bfloat16 = kind == 'cuda' and not torch.cuda.is_bf16_supported()
-        return torch.autocast(kind, torch.float16 if lacks_bfloat16 else torch.bfloat16, enabled=self.amp)
+def _segment_files(
+    outputs: dict[str, str], out: Path, predictor: Predictor, opacity: float, save: Sequence[str]
+) -> Generator[tuple[str, Undecodable | str | None], None, None]:
+    """Yield each file in order when its results are written, and the reason if they are missing or incomplete."""
+    for are_videos, files in groupby(outputs.items(), key=lambda item: _is_video(item[0])):
+        if are_videos:
+            yield from _segment_videos(dict(files), out, predictor, opacity)
+        else:
+            yield from _segment_pictures(dict(files), out, predictor, opacity, save)
 
 
-def _segment_image(path: str, out: Path, name: str, predictor: _Predictor, save: Sequence[str], opacity: float) -> None:
-    image = _decode(path)
+def _segment_videos(
+    videos: dict[str, str], out: Path, predictor: Predictor, opacity: float
+) -> Iterator[tuple[str, Undecodable | str | None]]:
+    """Yield each video and, unless its overlay is complete, the reason."""
+    for path, name in videos.items():
+        try:
+            yield path, segment_video(path, out / 'vis' / f'{name}.mp4', predictor, opacity)
+        except Undecodable as error:
+            yield path, error
+
+
+def _segment_pictures(
+    pictures: dict[str, str], out: Path, predictor: Predictor, opacity: float, save: Sequence[str]
+) -> Iterator[tuple[str, Undecodable | str | None]]:
+    """Yield each picture when its results are written, and the reason if it has none."""
+
+    def write(picture: Picture) -> Picture:
+        if picture.problem is None:
+            _write(picture, out, predictor, opacity, save)
+        picture.forget()
+        return picture
+
+    files = (Picture(path, name) for path, name in pictures.items())
+    with (
+        in_threads(_read, files, ahead=predictor.batch_size()) as read,
+        in_threads(write, predictor.predict(read, 'prob' in save), WRITERS, ahead=WRITERS) as written,
+    ):
+        for picture in written:
+            yield picture.path, picture.problem
+
+
+def _read(picture: Picture) -> Picture:
+    try:
+        picture.image = _decode(picture.path)
+    except Undecodable as error:
+        picture.problem = error
+    return picture
+
+
+def _write(picture: Picture, out: Path, predictor: Predictor, opacity: float, save: Sequence[str]) -> None:
+    name, label = picture.name, picture.label
     if 'prob' in save:
-        label, prob = _predicted(predictor.labels_and_probabilities, path, image)
         with whole(out / 'prob' / f'{name}.npy') as partial:
-            np.save(partial, prob)
-    else:
-        label = _predicted(predictor.labels, path, image)
+            np.save(partial, picture.prob)
     if 'overlay' in save:
-        picture = overlay(image[..., ::-1], label, predictor.palette, opacity)
-        save_whole(with_legend(picture, label, predictor.classes, predictor.palette), out / 'vis' / f'{name}.png')
+        page = overlay(picture.image[..., ::-1], label, predictor.palette, opacity)
+        save_whole(with_legend(page, label, predictor.classes, predictor.palette), out / 'vis' / f'{name}.png')
     if 'labels' in save:
         save_whole(label_png(label, predictor.palette), out / 'pred' / f'{name}.png')
-
-
-def _predicted(predict: Callable, path: str, image: np.ndarray):
-    """``predict(image)``; raises ``_Undecodable`` if the image is too small or narrow for the model."""
-    try:
-        return predict(image)
-    except (RuntimeError, cv2.error):
-        height, width = image.shape[:2]
-        if min(height, width) >= SMALL and max(height, width) < SLIM * min(height, width):
-            raise
-        raise _Undecodable(f'{path} is {width} x {height}, too small or too narrow for this model') from None
 
 
 def _decode(path: str) -> np.ndarray:
@@ -231,45 +202,9 @@ def _decode(path: str) -> np.ndarray:
     except Exception as error:  # decoders raise various types
         if 'MAX_IMAGE_PIXELS' in str(error):
             problem += ": it exceeds OpenCV's limit; set the environment variable OPENCV_IO_MAX_IMAGE_PIXELS"
-        raise _Undecodable(problem) from None
+        raise Undecodable(problem) from None
     if image is None:
-        raise _Undecodable(problem)
+        raise Undecodable(problem)
     if image.dtype not in (np.uint8, np.uint16):
-        raise _Undecodable(f'{problem}: it holds {image.dtype}; 8 or 16 bits are supported')
+        raise Undecodable(f'{problem}: it holds {image.dtype}; 8 or 16 bits are supported')
     return image if image.dtype == np.uint8 else cv2.convertScaleAbs(image, alpha=1 / 257)
-
-
-def _segment_video(path: str, out: Path, predictor: _Predictor, opacity: float) -> bool:
-    """Write the overlay of each frame; returns whether the whole video could be decoded."""
-    for name in (path, str(out)):
-        if name.encode(errors='replace') != os.fsencode(name):  # OpenCV 5.0.0 would end the interpreter
-            raise _Undecodable(f'{name!a} is not a valid name for a video: OpenCV requires UTF-8; rename it')
-    video = cv2.VideoCapture(path)
-    expected = max(0, round(video.get(cv2.CAP_PROP_FRAME_COUNT)))
-    frames = _frames(video)
-    first = next(frames, None)
-    if first is None:
-        raise _Undecodable(f'{path} cannot be decoded as a video')
-    palette = np.asarray(predictor.palette)[:, ::-1]  # BGR, as the frames
-    progress = tqdm(chain([first], frames), Path(path).name, expected or None, unit='frame', leave=False, disable=None)
-    with whole(out) as partial:
-        rate, (width, height) = video.get(cv2.CAP_PROP_FPS), first.shape[1::-1]
-        writer = cv2.VideoWriter(str(partial), cv2.VideoWriter.fourcc(*'mp4v'), rate, (width, height))
-        if not writer.isOpened():
-            raise UserError(f'cannot write {out}: OpenCV cannot encode {width} x {height} at {rate} Hz')
-        done = 0
-        for frame in progress:
-            writer.write(np.asarray(overlay(frame, _predicted(predictor.labels, path, frame), palette, opacity)))
-            done += 1
-        writer.release()
-        if cv2.VideoCapture(str(partial)).get(cv2.CAP_PROP_FRAME_COUNT) != done:  # OpenCV does not report errors
-            raise UserError(f'cannot write {out}: some frames are missing on disk; is it full?')
-    if done < expected * (1 - MISCOUNTED) - 1:
-        tqdm.write(f'warning: {path} ends after {done} of {expected} frames; {out} holds these')
-        return False
-    return True
-
-
-def _frames(video: cv2.VideoCapture) -> Iterator[np.ndarray]:
-    while (frame := video.read()[1]) is not None:
-        yield frame

@@ -6,6 +6,7 @@ import re
 
 import torch
 from mmengine.config import Config
+from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
 from .._extras import without_tensorboard
@@ -18,6 +19,7 @@ from ..engine.console import runner_on_terminal
 from ..engine.distributed import join_processes
 from ..engine.reproducible import BeginSample
 from ..errors import UserError
+from ..models.segmentor import compile_backbone
 
 
 def train(
@@ -30,6 +32,7 @@ def train(
     launcher: str = 'none',
     seed: int | None = None,
     deterministic: bool = False,
+    compile: bool = False,
     verbose: bool = False,
 ) -> Runner:
     """Train the model of a config and return the runner.
@@ -46,6 +49,7 @@ def train(
         launcher: how the processes of a distributed run were started: ``'pytorch'``, ``'slurm'`` or ``'mpi'``.
         seed: random seed for Python, NumPy and PyTorch; None keeps that of a resumed run, else draws one and logs it.
         deterministic: use only operators that give the same bits in every run; slower on a GPU.
+        compile: run the backbone under ``torch.compile``.
         verbose: print everything that goes into the log file.
 
     Raises:
@@ -71,6 +75,8 @@ def train(
     with runner_on_terminal(cfg, verbose) as runner:
         if lacks_tensorboard:
             runner.logger.info("TensorBoard gets no data: pip install 'mmseg-volo[tensorboard]'")
+        if compile:
+            compile_backbone(runner.model.module if is_model_wrapper(runner.model) else runner.model)
         if cfg.resume and cfg.load_from:
             runner.logger.info(f'resuming from {cfg.load_from}')
         try:

@@ -1,6 +1,6 @@
 """Segmentors that test images of any size in memory that does not grow with their area."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,8 @@ class SlidingSegmentor(EncoderDecoder):
 
     ``test_cfg`` takes these keys besides mmseg's ``mode``, ``crop_size`` and ``stride``:
 
-    - ``batch_size``: number of windows per batch, 8 on a GPU and 1 on a CPU by default; halved when memory runs out.
+    - ``batch_size``: number of windows per batch, or of whole images; 8 on a GPU and 1 on a CPU by default; halved when
+      memory runs out.
     - ``weighting``: weights for averaging overlapping windows: ``'uniform'`` as in mmseg, or ``'hann'``, which prefers
       the middle of a window to its border and leaves no seams.
     - ``logits``: also return ``seg_logits``, float32 ``[classes, H, W]``, with each prediction.
@@ -66,7 +67,6 @@ class SlidingSegmentor(EncoderDecoder):
 
     val_step = test_step
 
-    @torch.no_grad()
     def segment(self, image: Tensor, size: tuple[int, int], logits: bool = False) -> Tensor:
         """Compute labels ``[H, W]``, uint8 for up to 256 classes, or logits, float32 ``[classes, H, W]``, of one image.
 
@@ -76,10 +76,34 @@ class SlidingSegmentor(EncoderDecoder):
             image: uint8 ``[3, h, w]``, in the channel order of ``data_preprocessor``, on any device.
             size: (H, W) of the result; logits are resized to it as in mmseg, some rows at a time.
         """
-        strips = self._windows(image) if self.test_cfg.mode == 'slide' else iter([self._logits([image])[0]])
-        rows = _resized(strips, tuple(image.shape[-2:]), tuple(size), self.align_corners)
-        if logits:
-            return torch.cat([row.float().cpu() for row in rows], dim=1)
+        [result] = self.segment_all([image], size, logits)
+        return result
+
+    @torch.no_grad()
+    def segment_all(self, images: Sequence[Tensor], size: tuple[int, int], logits: bool = False) -> Iterator[Tensor]:
+        """Yield the results of ``segment`` for images of one size, whose windows share batches."""
+        height, width = images[0].shape[-2:]
+        crop, places = self._places(height, width)
+        windows = self._batches(images, places, crop)
+        for _ in images:
+            slides = self.test_cfg.mode == 'slide'
+            strips = self._averaged(windows, places, crop, width) if slides else iter([next(windows)])
+            rows = _resized(strips, (height, width), tuple(size), self.align_corners)
+            yield torch.cat([row.float().cpu() for row in rows], dim=1) if logits else self._joined_labels(rows, size)
+
+    def images_per_batch(self, height: int, width: int) -> int:
+        """Number of images of this size whose windows fill a batch."""
+        return max(1, self._window_batch() // len(self._places(height, width)[1]))
+
+    def _places(self, height: int, width: int) -> tuple[list[int], list[tuple[int, int]]]:
+        """Size of the windows, and the first row and column of each; a single one in whole mode."""
+        if self.test_cfg.mode != 'slide':
+            return [height, width], [(0, 0)]
+        crop = [min(side, length) for side, length in zip(self.test_cfg.crop_size, (height, width), strict=True)]
+        tops, lefts = (_starts(*args) for args in zip((height, width), crop, self.test_cfg.stride, strict=True))
+        return crop, [(y, x) for y in tops for x in lefts]
+
+    def _joined_labels(self, rows: Iterator[Tensor], size: tuple[int, int]) -> Tensor:
         labels = torch.empty(size, dtype=torch.uint8 if self.out_channels <= 256 else torch.int64)
         top = 0
         for row in rows:
@@ -90,24 +114,22 @@ class SlidingSegmentor(EncoderDecoder):
     def _labels(self, logits: Tensor) -> Tensor:
         if self.out_channels == 1:
             return (logits[0].sigmoid() > last_head(self).threshold).byte()
-        labels = logits.argmax(0)
+        labels = best_class(logits)
         return labels.byte() if self.out_channels <= 256 else labels
 
     def _logits(self, images: list[Tensor]) -> Tensor:
         inputs = self.data_preprocessor(dict(inputs=images))['inputs']
         return self.encode_decode(inputs, [dict(img_shape=inputs.shape[-2:])] * len(inputs))
 
-    def _windows(self, image: Tensor) -> Iterator[Tensor]:
-        """Yield averaged logits ``[classes, n, w]`` from top to bottom, n rows at a time."""
-        height, width = image.shape[-2:]
-        crop = [min(side, length) for side, length in zip(self.test_cfg.crop_size, (height, width), strict=True)]
-        tops, lefts = (_starts(*args) for args in zip((height, width), crop, self.test_cfg.stride, strict=True))
+    def _averaged(
+        self, windows: Iterator[Tensor], places: list[tuple[int, int]], crop: list[int], width: int
+    ) -> Iterator[Tensor]:
+        """Yield the averaged logits ``[classes, n, w]`` of one image from top to bottom, n rows at a time."""
         weight = self._weight(crop)
         sums: Any = None  # over the windows so far, for the rows from ``top`` on
         weights: Any = None
-        top = tops[0]
-        places = [(y, x) for y in tops for x in lefts]
-        for (y, x), logits in zip(places, self._batches(image, places, crop), strict=True):
+        top = 0
+        for (y, x), logits in zip(places, windows, strict=False):  # the next image's windows follow
             if sums is None:
                 sums = logits.new_zeros(len(logits), crop[0], width, dtype=torch.float32)
                 weights = torch.zeros_like(sums[:1])
@@ -125,16 +147,14 @@ class SlidingSegmentor(EncoderDecoder):
         for rows, total in zip(sums.split(ROWS, 1), weights.split(ROWS, 1), strict=True):
             yield rows / total
 
-    def _batches(self, image: Tensor, places: list[tuple[int, int]], crop: list[int]) -> Iterator[Tensor]:
+    def _batches(self, images: Sequence[Tensor], places: list[tuple[int, int]], crop: list[int]) -> Iterator[Tensor]:
         """Yield the logits of each window, computed in batches that are halved when device memory runs out."""
-        if self.window_batch is None:
-            on_gpu = self.data_preprocessor.device.type == 'cuda'
-            self.window_batch = WINDOWS_ON_A_GPU if on_gpu else WINDOWS_ON_A_CPU
+        windows = [(image, y, x) for image in images for y, x in places]
         first = 0
-        while first < len(places):
-            batch = places[first : first + self.window_batch]
+        while first < len(windows):
+            batch = windows[first : first + self._window_batch()]
             try:
-                logits = self._logits([image[:, y : y + crop[0], x : x + crop[1]] for y, x in batch])
+                logits = self._logits([image[:, y : y + crop[0], x : x + crop[1]] for image, y, x in batch])
             except torch.OutOfMemoryError:
                 if len(batch) == 1:
                     raise
@@ -146,6 +166,12 @@ class SlidingSegmentor(EncoderDecoder):
                 continue
             yield from logits
             first += len(batch)
+
+    def _window_batch(self) -> int:
+        if self.window_batch is None:
+            on_gpu = self.data_preprocessor.device.type == 'cuda'
+            self.window_batch = WINDOWS_ON_A_GPU if on_gpu else WINDOWS_ON_A_CPU
+        return self.window_batch
 
     def _weight(self, crop: list[int]) -> Tensor:
         if self.test_cfg.get('weighting', 'uniform') == 'uniform':
@@ -159,6 +185,19 @@ class SlidingSegmentor(EncoderDecoder):
 @MODELS.register_module()
 class SlidingCascadeSegmentor(SlidingSegmentor, CascadeEncoderDecoder):
     """mmseg's ``CascadeEncoderDecoder`` (OCRNet, for example), tested as ``SlidingSegmentor`` is."""
+
+
+def best_class(logits: Tensor) -> Tensor:
+    """Index of the largest of ``logits`` ``[classes, H, W]`` per pixel, int64 ``[H, W]``; the first of equal ones."""
+    return logits.max(0).indices  # on a CPU argmax(0) takes ten times as long (torch 2.11)
+
+
+def compile_backbone(model: Any) -> None:
+    """Compile the backbone in place with ``torch.compile``, once per size; its parameters keep their names.
+
+    After 8 sizes torch runs further ones uncompiled.
+    """
+    model.backbone.compile(dynamic=False)  # Inductor fails with symbolic sizes on a CPU (torch 2.11)
 
 
 def last_head(model: EncoderDecoder) -> Any:

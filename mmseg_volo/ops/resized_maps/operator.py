@@ -98,7 +98,8 @@ def resized_conv_backward_op(
                 dx, dparts[i] = choose(x).backward(grad, _rows(x), part, align_corners, need)
                 dmaps[i] = None if dx is None else dx.permute(0, 3, 1, 2)
     empty = weight.new_empty(0)
-    return [torch.cat(dparts, 1) if need_weight else empty, *[empty.clone() if dx is None else dx for dx in dmaps]]
+    dweight = torch.cat(dparts, 1).contiguous() if need_weight else empty
+    return [dweight, *[empty.clone() if dx is None else dx for dx in dmaps]]
 
 
 @resized_conv_op.register_fake
@@ -109,7 +110,7 @@ def _(maps, weight, height, width, align_corners):
 @resized_conv_backward_op.register_fake
 def _(grad, maps, weight, align_corners, need_maps, need_weight):
     gradients = [_like(x) if need else weight.new_empty(0) for x, need in zip(maps, need_maps, strict=True)]
-    return [torch.empty_like(weight) if need_weight else weight.new_empty(0), *gradients]
+    return [weight.new_empty(weight.shape if need_weight else 0), *gradients]
 
 
 @register_flop_formula(torch.ops.mmseg_volo.resized_conv)
