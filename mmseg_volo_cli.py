@@ -104,6 +104,29 @@ def _train(args: dict) -> None:
     train(**args)
 
 
+def _pretrain(args: dict) -> None:
+    from mmseg_volo.apis.pretraining import pretrain
+
+    pretrain(**args)
+
+
+def _add_make_token_labels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('folder', help='images, also in subfolders')
+    parser.add_argument('out', metavar='DIR', help='folder for the token labels, one file per image')
+    parser.add_argument('--model', required=True, metavar='NAME', help="timm's name of the classifier that labels")
+    parser.add_argument('--checkpoint', metavar='FILE', help="its weights (default: download timm's)")
+    parser.add_argument('--batch', type=int, default=32, help='images per step ' + DEFAULT)
+    parser.add_argument('--workers', type=int, default=4, help='processes that read images ' + DEFAULT)
+    parser.add_argument('--skip-existing', action='store_true', help='keep whole files of an earlier run, and continue')
+    _add_device(parser, numbered=True)
+
+
+def _make_token_labels(args: dict) -> None:
+    from mmseg_volo.pretraining.teacher import make_token_labels
+
+    make_token_labels(**args)
+
+
 def _add_test(parser: argparse.ArgumentParser) -> None:
     _add_config(parser)
     _add_checkpoint(parser)
@@ -285,6 +308,12 @@ COMMANDS: dict[str, tuple[str, Callable, Callable]] = {
     'check-data': ("Check every image and label in a config's data sets.", _add_check_data, _check_data),
     'train': ('Train a segmentor.', _add_train, _train),
     'test': ("Measure a checkpoint on a config's test set.", _add_test, _test),
+    'pretrain': ('Train a classifier with token labels, from which segmentors can start.', _add_train, _pretrain),
+    'make-token-labels': (
+        'Write token labels for images with a timm classifier.',
+        _add_make_token_labels,
+        _make_token_labels,
+    ),
     'infer': ('Segment images and videos: overlays, label maps, probabilities.', _add_infer, _infer),
     'plot': ('Plot loss, learning rate and mIoU of training runs.', _add_plot, _plot),
     'toy-streets': (

@@ -90,7 +90,7 @@ def load_pretrained(model: Any, source: str, form: PretrainedFormat) -> None:
     new = {key for key in own if form.new.fullmatch(key)}
     if not new.isdisjoint(state):
         new = set()
-    problems = _differences(own, state, allowed_missing=new)
+    problems = differences(own, state, allowed_missing=new)
     if problems:
         whose = f', it is {form.name} arch={variant!r}' if variant not in (None, model.arch) else ''
         raise UserError(f'{source} does not fit {form.name} arch={model.arch!r}{whose}: ' + '; '.join(problems))
@@ -115,14 +115,15 @@ def load_segmentor(model: nn.Module, source: str) -> dict:
     contents = read_checkpoint(source)
     state = state_tensors(contents['state_dict'] if isinstance(contents.get('state_dict'), Mapping) else contents)
     own = model.state_dict()
-    problems = _differences(own, state)
+    problems = differences(own, state)
     if problems:
         raise UserError(f'{source} does not fit the model of this config: ' + '; '.join(problems))
     model.load_state_dict(state)
     return contents.get('meta', {})
 
 
-def _differences(own: Mapping, state: Mapping, allowed_missing: frozenset[str] | set[str] = frozenset()) -> list[str]:
+def differences(own: Mapping, state: Mapping, allowed_missing: frozenset[str] | set[str] = frozenset()) -> list[str]:
+    """What keeps ``state`` from fitting the state dict ``own``: missing, unexpected and misshapen tensors in words."""
     missing = [key for key in own if key not in state and key not in allowed_missing]
     unexpected = [key for key in state if key not in own]
     shapes = [
