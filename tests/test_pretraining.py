@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
+from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from PIL import Image
 from test_extras import hide
@@ -30,12 +30,19 @@ from mmseg_volo.pretraining.teacher import _logits_by_place, make_token_labels
 from mmseg_volo_cli import main
 
 WHOLE = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+# Without workers: errors would leave some behind in the process of the tests.
+IN_THIS_PROCESS = [
+    f'{split}_dataloader.{setting}'
+    for split in ('train', 'val')
+    for setting in ('num_workers=0', 'persistent_workers=False')
+]
 QUICK = [
     'train_cfg.max_iters=6',
     'train_cfg.val_interval=6',
     'default_hooks.checkpoint.interval=6',
     'default_hooks.logger.interval=2',
     'train_dataloader.batch_size=4',
+    *IN_THIS_PROCESS,
 ]
 
 
@@ -302,10 +309,10 @@ def test_what_no_teacher_can_label_is_one_sentence(place, tmp_path, capsys):
     assert 'pit_ti_224 cannot make token labels: its classifier must take the features of one place' in error
 
 
-def test_an_image_that_cannot_be_labelled_is_named_also_by_a_worker_process(place, tmp_path, capsys):
+def test_an_image_that_cannot_be_labelled_is_named(place, tmp_path, capsys):
     (tmp_path / 'x').mkdir()
     (tmp_path / 'x/broken.png').write_bytes(b'no image')
-    words = '--model', 'test_resnet', '--checkpoint', place / 'teacher.pth', '--workers', 1
+    words = '--model', 'test_resnet', '--checkpoint', place / 'teacher.pth', '--workers', 0
     error = fails(capsys, 'make-token-labels', tmp_path / 'x', tmp_path / 'out', *words)
     assert error.startswith(f'error: {tmp_path}/x/broken.png cannot be decoded')
     for suffix in ('jpg', 'png'):
@@ -322,6 +329,14 @@ from mmpretrain.structures import DataSample  # noqa: E402
 
 from mmseg_volo.pretraining.data import CropWithLabels, FlipWithLabels, RandAugmentWithLabels  # noqa: E402
 from mmseg_volo.pretraining.model import TokenLabelClassifier  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def scope():
+    """mmpretrain's registries during a test, and afterwards those of before."""
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        yield
+
 
 BLOCKS = torch.arange(16).view(4, 4)  # classes
 
@@ -438,7 +453,6 @@ def samples(B: int, num_classes: int = 4, cells: int = 4) -> list[DataSample]:
 
 
 def test_swapped_tokens_keep_their_targets():
-    init_default_scope('mmpretrain')
     model = TokenLabelClassifier(dict(type=Colours), smoothing=0.0)
     data = samples(3)
     truth = torch.stack([dense(sample.token_labels[None], 4)[0] for sample in data])
@@ -458,7 +472,6 @@ def test_swapped_tokens_keep_their_targets():
 
 def tiny(**settings) -> TokenLabelClassifier:
     torch.manual_seed(0)
-    init_default_scope('mmpretrain')
     backbone = dict(type=VOLOClassifier, arch='tiny', img_size=64, num_classes=4)
     return TokenLabelClassifier(backbone | settings.pop('backbone', {}), **settings)
 
@@ -547,7 +560,6 @@ def test_a_class_that_the_model_lacks_names_the_image():
 
 def test_the_imagenet_config_is_the_published_recipe(tmp_path):
     cfg = Config.fromfile(ROOT / 'configs/pretrain/volo_d1_imagenet.py')
-    init_default_scope('mmpretrain')
     runner = Runner(
         cfg.model.to_dict(), work_dir=str(tmp_path), default_scope='mmpretrain', experiment_name=f'd1_{os.getpid()}'
     )
@@ -598,6 +610,13 @@ def test_without_mmpretrain_the_extra_is_named_and_the_rest_works(monkeypatch, c
     assert error == "error: mmseg-volo pretrain needs mmpretrain: pip install 'mmseg-volo[pretrain]'"
 
 
+def test_the_configs_are_listed_beside_those_of_segmentors(capsys):
+    assert main('configs', ['volo_tiny_folder']) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if 'volo_tiny_folder' in line)
+    cells = [cell.strip() for cell in row.strip('|').split('|')]
+    assert cells == ['volo_tiny_folder', 'VOLOClassifier tiny', '-', 'TokenLabel', '1.6']
+
+
 def pretrain(place: Path, work: Path, *options: str) -> list[object]:
     data = f'data_root={place / "data"}', 'model.backbone.num_classes=3'
     return ['volo_tiny_folder', '--work-dir', work, '--seed', 0, '--cfg-options', *QUICK, *data, *options]
@@ -609,6 +628,8 @@ def test_labels_that_are_missing_or_of_another_size_are_named_before_and_in_the_
     command = 'pretrain', *pretrain(place, tmp_path / 'work', option)
     assert f'no folder {labels}; docs/pretraining.md' in fails(capsys, *command)
     label(place, labels)
+    error = fails(capsys, *command, 'model.token_weight=1e40')
+    assert 'the loss (inf) or its gradients are not finite at iteration 1 ' in error and '/data/train/' in error
     for name in ('b/1', 'c/0'):
         (labels / f'{name}.safetensors').rename(tmp_path / name.replace('/', '_'))
     error = fails(capsys, *command)
@@ -617,8 +638,12 @@ def test_labels_that_are_missing_or_of_another_size_are_named_before_and_in_the_
         write_label_map(path, torch.zeros(2, 3, 7, 7))
     for name in ('b/1', 'c/0'):
         write_label_map(labels / f'{name}.safetensors', torch.zeros(2, 3, 7, 7))
-    error = fails(capsys, *command)  # met by a worker process
-    assert error.startswith(f'error: the token labels {labels}/')
+    words = [sys.executable, '-W', 'ignore', ROOT / 'tools/pretrain.py', *command[1:], 'train_dataloader.num_workers=1']
+    done = subprocess.run(
+        list(map(str, words)), env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True
+    )
+    (error,) = done.stderr.splitlines()
+    assert done.returncode == 2 and error.startswith(f'error: the token labels {labels}/')
     assert 'have the size 2 x 3 x 7 x 7, but ' in error and 'a/0.safetensors has 2 x 3 x 5 x 5; one teacher' in error
 
 
@@ -639,7 +664,7 @@ def test_from_images_to_a_segmentor_that_starts_from_the_pretrained_backbone(pla
 
     run('toy-streets', 'toy', '--train', 4, '--val', 1, '--size', '96x64')
     start = 'model.backbone.init_cfg.type=Pretrained', f'model.backbone.init_cfg.checkpoint={checkpoint}'
-    few = 'train_cfg.max_iters=2', 'train_cfg.val_interval=2', 'train_dataloader.batch_size=2'
+    few = 'train_cfg.max_iters=2', 'train_cfg.val_interval=2', 'train_dataloader.batch_size=2', *IN_THIS_PROCESS
     words = '--work-dir', 'segmentor', '--cfg-options', 'data_root=toy', *few, *start
     run('train', 'volo_tiny_toy_streets', *words)
     log = next(Path('segmentor').rglob('*.log')).read_text()
