@@ -114,12 +114,30 @@ def load_segmentor(model: nn.Module, source: str) -> dict:
     """
     contents = read_checkpoint(source)
     state = state_tensors(contents['state_dict'] if isinstance(contents.get('state_dict'), Mapping) else contents)
-    own = model.state_dict()
-    problems = _differences(own, state)
-    if problems:
-        raise UserError(f'{source} does not fit the model of this config: ' + '; '.join(problems))
-    model.load_state_dict(state)
+    load_strictly(model, state, source, 'the model of this config')
     return contents.get('meta', {})
+
+
+def load_strictly(
+    model: nn.Module, state: Mapping[str, Tensor], source: str, name: str, actual: str | None = None
+) -> None:
+    """Load every tensor of a state dict.
+
+    Args:
+        model: unchanged unless the whole state dict fits.
+        state: the tensors, read from ``source``.
+        source: where they come from, for the message.
+        name: the model, for the message.
+        actual: the model to which the tensors belong, where it is known and another.
+
+    Raises:
+        UserError: a tensor is missing, unexpected or of another shape.
+    """
+    problems = _differences(model.state_dict(), state)
+    if problems:
+        whose = f', it is {actual}' if actual else ''
+        raise UserError(f'{source} does not fit {name}{whose}: ' + '; '.join(problems))
+    model.load_state_dict(state)
 
 
 def _differences(own: Mapping, state: Mapping, allowed_missing: frozenset[str] | set[str] = frozenset()) -> list[str]:
