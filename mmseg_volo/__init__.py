@@ -8,6 +8,7 @@ from ._version import __version__  # noqa: E402
 from .checkpoints import DurableCheckpointHook, use_safe_loader  # noqa: E402
 from .datasets import CamVidDataset, PhotoMetricDistortion, RandomCrop  # noqa: E402
 from .engine import (  # noqa: E402
+    BackboneLayerDecayConstructor,
     BeginSample,
     CPUMemoryHook,
     IterationSeedHook,
@@ -36,6 +37,7 @@ use_safe_loader()  # from here on mmengine reads checkpoints without running cod
 __all__ = [
     'ARCHITECTURES',
     'VOLO',
+    'BackboneLayerDecayConstructor',
     'BeginSample',
     'CPUMemoryHook',
     'CamVidDataset',

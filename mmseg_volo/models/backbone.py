@@ -1,5 +1,6 @@
 """What all backbones share: checks of arguments, weights, frozen stages, checkpointing, and resized parameters."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -20,8 +21,8 @@ MAX_CACHED_GRIDS = 8  # multi-scale testing uses 5 or 6 scales; on ADE20K, sizes
 class Backbone(BaseModule):
     """Base of the backbones: a stem, then stages that each give one map.
 
-    A subclass calls ``super().__init__`` first, builds its modules, defines ``parts_of_stage``, and ends its own
-    ``__init__`` with ``freeze``. ``out_channels`` and ``out_strides`` describe the returned maps.
+    A subclass calls ``super().__init__`` first, builds its modules, defines ``parts_of_stage`` and ``layers``, and ends
+    its own ``__init__`` with ``freeze``. ``out_channels`` and ``out_strides`` describe the returned maps.
 
     Args:
         pretrained: description of the ImageNet checkpoints of this architecture.
@@ -38,6 +39,9 @@ class Backbone(BaseModule):
     Raises:
         UserError: an argument has an invalid value; the message names the valid ones.
     """
+
+    # Names of the matrices that have no weight decay: embeddings of positions.
+    undecayed = re.compile(r'(.+\.)?pos_embed')
 
     def __init__(
         self,
@@ -76,6 +80,10 @@ class Backbone(BaseModule):
 
     def parts_of_stage(self, n: int) -> list[nn.Module | nn.Parameter]:
         """What ``frozen_stages=n`` freezes beyond ``n - 1``; stage 0 is the stem, and unbuilt stages have no parts."""
+        raise NotImplementedError
+
+    def layers(self) -> list[list[nn.Module | nn.Parameter]]:
+        """Parts that share a learning rate in layer-wise decay: the stem, then one entry per block, which is last."""
         raise NotImplementedError
 
     def freeze(self) -> None:

@@ -283,6 +283,16 @@ class VOLO(Backbone):
         parts: list[nn.Module | nn.Parameter] = list(self.network[n if n > 1 else 0 : n + 1])
         return parts + [self.pos_embed] if n == 2 and hasattr(self, 'pos_embed') else parts
 
+    def layers(self) -> list[list[nn.Module | nn.Parameter]]:
+        """The stem, then the blocks; the downsampling and the position embedding belong to the block after them."""
+        found: list[list[nn.Module | nn.Parameter]] = [[self.patch_embed]]
+        for i, module in enumerate(self.network):
+            if i != DOWNSAMPLE:
+                found += [[block] for block in module.children()]
+        if len(self.network) > DOWNSAMPLE:
+            found[len(list(self.network[0].children())) + 1][:0] = [self.network[DOWNSAMPLE], self.pos_embed]
+        return found
+
     def _pos_embed_for(self, h: int, w: int) -> Tensor:
         """Position embedding for h x w tokens."""
         if self.pos_embed.shape[1:3] == (h, w):
