@@ -22,7 +22,9 @@ from .engine import (  # noqa: E402
 from .evaluation import SegmentationMetric  # noqa: E402
 from .models import (  # noqa: E402
     ARCHITECTURES,
+    COATNET_ARCHITECTURES,
     VOLO,
+    CoAtNet,
     FCNHead,
     MultiLevelNeck,
     SegformerHead,
@@ -36,11 +38,13 @@ use_safe_loader()  # from here on mmengine reads checkpoints without running cod
 
 __all__ = [
     'ARCHITECTURES',
+    'COATNET_ARCHITECTURES',
     'VOLO',
     'BackboneLayerDecayConstructor',
     'BeginSample',
     'CPUMemoryHook',
     'CamVidDataset',
+    'CoAtNet',
     'DurableCheckpointHook',
     'FCNHead',
     'IterationSeedHook',
