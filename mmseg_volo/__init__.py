@@ -22,6 +22,8 @@ from .engine import (  # noqa: E402
 from .evaluation import SegmentationMetric  # noqa: E402
 from .models import (  # noqa: E402
     ARCHITECTURES,
+    HVT,
+    HVT_ARCHITECTURES,
     VOLO,
     FCNHead,
     MultiLevelNeck,
@@ -36,6 +38,8 @@ use_safe_loader()  # from here on mmengine reads checkpoints without running cod
 
 __all__ = [
     'ARCHITECTURES',
+    'HVT',
+    'HVT_ARCHITECTURES',
     'VOLO',
     'BackboneLayerDecayConstructor',
     'BeginSample',
