@@ -23,6 +23,8 @@ from .evaluation import SegmentationMetric  # noqa: E402
 from .models import (  # noqa: E402
     ARCHITECTURES,
     COATNET_ARCHITECTURES,
+    HVT,
+    HVT_ARCHITECTURES,
     VOLO,
     CoAtNet,
     FCNHead,
@@ -39,6 +41,8 @@ use_safe_loader()  # from here on mmengine reads checkpoints without running cod
 __all__ = [
     'ARCHITECTURES',
     'COATNET_ARCHITECTURES',
+    'HVT',
+    'HVT_ARCHITECTURES',
     'VOLO',
     'BackboneLayerDecayConstructor',
     'BeginSample',

@@ -67,10 +67,10 @@ class OutlookAttention(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention over all tokens."""
 
-    def __init__(self, dim: int, num_heads: int, attn_drop: float = 0.0):
+    def __init__(self, dim: int, num_heads: int, attn_drop: float = 0.0, qkv_bias: bool = False):
         super().__init__()
         self.num_heads, self.attn_drop = num_heads, attn_drop
-        self.qkv = nn.Linear(dim, dim * 3, bias=False)
+        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, norm: nn.Module, recompute: bool = False) -> Tensor:
@@ -89,11 +89,11 @@ class Attention(nn.Module):
 class _Block(nn.Module):
     """Pre-norm residual block: ``attn`` mixes tokens, and an MLP mixes channels."""
 
-    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop_path: float = 0.0):
+    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop_path: float = 0.0, norm_eps: float = 1e-5):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = attn
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.recompute = False
@@ -115,10 +115,19 @@ class Outlooker(_Block):
 
 
 class Transformer(_Block):
-    """Block of stages 2 to 4."""
+    """Block of stages 2 to 4, and of HVT."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, attn_drop: float, drop_path: float):
-        super().__init__(dim, Attention(dim, num_heads, attn_drop), mlp_ratio, drop_path)
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        attn_drop: float,
+        drop_path: float,
+        qkv_bias: bool = False,
+        norm_eps: float = 1e-5,
+    ):
+        super().__init__(dim, Attention(dim, num_heads, attn_drop, qkv_bias), mlp_ratio, drop_path, norm_eps)
 
 
 class PatchEmbed(nn.Module):
