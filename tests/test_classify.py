@@ -12,13 +12,15 @@ import timm
 import torch
 from parity import assert_close
 from PIL import Image
+from test_hvt import PUBLISHED as HVT_PUBLISHED
+from test_hvt import Reference
 from timm.data import ImageNetInfo, RealLabelsImagenet, create_transform
 from torch import Tensor, nn
 
 from mmseg_volo.apis.classification import classify
 from mmseg_volo.errors import UserError
 from mmseg_volo.evaluation.imagenet import IMAGES, PROMISED, Hits
-from mmseg_volo.models.classifiers import VOLOClassifier
+from mmseg_volo.models.classifiers import CoAtNetClassifier, HVTClassifier, VOLOClassifier
 from mmseg_volo.models.named_classifiers import classifier_names, named_classifier
 from mmseg_volo.models.volo import VOLO, resize_pos_embed
 from mmseg_volo_cli import main
@@ -26,18 +28,23 @@ from mmseg_volo_cli import main
 PUBLISHED = ['d1', 'd2', 'd3', 'd4', 'd5']
 
 
-def random_twins(theirs: Callable[[], nn.Module], ours: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
-    """timm's model and ours in float64 on the same random tensors, which the largest models could not hold twice."""
-    with torch.device('meta'):
-        theirs, ours = theirs().double().eval(), ours().double().eval()
-    theirs.to_empty(device='cpu')
-    for name, tensor in theirs.state_dict().items():
+def randomise(model: nn.Module) -> nn.Module:
+    """``model`` in float64 with random tensors, to which two pictures do not look alike."""
+    for name, tensor in model.double().eval().state_dict().items():
         if name.endswith('running_var') or (tensor.dim() == 1 and name.endswith('weight')):
             tensor.uniform_(0.5, 1.5)
         elif tensor.is_floating_point():
             tensor.uniform_(-0.1, 0.1) if tensor.dim() > 1 else tensor.uniform_(-1, 1)
         else:
             tensor.zero_()
+    return model
+
+
+def random_twins(theirs: Callable[[], nn.Module], ours: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
+    """timm's VOLO and ours on the same random tensors, of which two copies of the largest would fill the memory."""
+    with torch.device('meta'):
+        theirs, ours = theirs(), ours().double().eval()
+    theirs = randomise(theirs.to_empty(device='cpu'))
     ours.load_state_dict(theirs.state_dict(), assign=True)  # strict
     return theirs, ours
 
@@ -53,6 +60,34 @@ def test_logits_equal_timms_with_timms_tensors_loaded_strictly(arch):
         expected = theirs(x)
         assert expected.std() > 0.1 and (expected[0] - expected[1]).abs().max() > 1e-3
         assert_close(ours(x), expected)
+
+
+@pytest.mark.parametrize('arch', ['0_rw', 'nano_rw'])
+def test_logits_of_coatnet_equal_timms_with_timms_tensors_loaded_strictly(arch):
+    torch.manual_seed(0)
+    theirs = randomise(timm.create_model(f'coatnet_{arch}_224', img_size=64, num_classes=7))
+    ours = CoAtNetClassifier(arch, img_size=64, num_classes=7).double().eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    with torch.inference_mode():
+        expected = theirs(x)
+        assert (expected[0] - expected[1]).abs().max() > 1e-3
+        assert_close(ours(x), expected)
+
+
+@pytest.mark.parametrize('arch', HVT_PUBLISHED)
+def test_logits_of_hvt_equal_the_authors_form(arch):
+    torch.manual_seed(0)
+    width, parameters = HVT_PUBLISHED[arch]
+    ours = HVTClassifier(arch).double().eval()
+    assert f'{sum(p.numel() for p in ours.parameters()) / 1e6:.2f}' == parameters
+    reference = Reference(ours.out_channels[0], 3 if arch == 'ti1' else 6, width).double().eval()
+    ours.load_state_dict(reference.state_dict())  # strict
+    x = torch.randn(1, 3, 224, 224, dtype=torch.float64)
+    with torch.inference_mode():
+        assert_close(ours(x), reference(x)[1])
+    with pytest.raises(UserError, match='takes 224 x 224 images only, got 224 x 256'):
+        ours(torch.zeros(1, 3, 224, 256))
 
 
 def gradients(model: nn.Module, logits: Tensor) -> dict[str, Tensor]:
@@ -140,8 +175,10 @@ def test_every_classifier_of_timms_has_its_crop_and_promised_figures():
     names = classifier_names()
     assert 'volo_tiny_224' in names and {f'volo_{arch}_224' for arch in PUBLISHED} < set(names)
     weights = {named_classifier(name).weights for name in names} - {'volo_tiny_224'}
-    assert weights == set(PROMISED)
-    for name in names:
+    have_none = {f'coatnet_{size}_224' for size in range(6)} | {'coatnet_3_rw_224'}  # for ImageNet-1K
+    assert weights - have_none - {'coatnet_3_rw_224.sw_in12k'} <= set(PROMISED)
+    assert all(named_classifier(name.partition('.')[0], f'timm://{name}').weights == name for name in PROMISED)
+    for name in filter(lambda name: name.startswith('volo_'), names):
         side = int(name.rpartition('_')[2])
         large = 1.15 if name.startswith(('volo_d4', 'volo_d5')) else 1.0
         data = named_classifier(name).data
@@ -388,6 +425,17 @@ def test_impossible_arguments(arguments, message):
         classify(**{**defaults, **arguments})
 
 
+@pytest.mark.parametrize('name', ['coatnet_nano_rw_224', 'coatnet_rmlp_nano_rw_224'])
+def test_timms_files_of_coatnet_load_by_name(tmp_path, name):
+    torch.manual_seed(0)
+    theirs = timm.create_model(name, num_classes=5).eval()
+    torch.save(theirs.state_dict(), tmp_path / 'weights.pth')
+    model = named_classifier(name).load(str(tmp_path / 'weights.pth'))
+    x = torch.randn(1, 3, 224, 224)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), theirs(x), atol=1e-5, rtol=1e-4)
+
+
 def test_weights_of_another_classifier_are_named(tmp_path):
     image = [__file__]
     source = str(tmp_path / 'weights.pth')
@@ -396,6 +444,13 @@ def test_weights_of_another_classifier_are_named(tmp_path):
         classify('volo_d1_224', source, image)
     with pytest.raises(UserError, match=r'does not fit volo_tiny_224, it is volo_d1_384: '):
         classify('volo_tiny_224', source, image)
+    torch.save(timm.create_model('coatnet_nano_rw_224', img_size=256).state_dict(), source)
+    for name in ('volo_tiny_224', 'coatnet_nano_rw_224', 'coatnet_rmlp_nano_rw_224'):
+        with pytest.raises(UserError, match=f'does not fit {name}, it is coatnet_nano_rw_256: '):
+            classify(name, source, image)
+    torch.save(HVTClassifier('ti1').state_dict(), source)
+    with pytest.raises(UserError, match=r'does not fit hvt_s1_224, it is hvt_ti1: '):
+        classify('hvt_s1_224', source, image)
     torch.save(VOLO('tiny').state_dict(), source)
     with pytest.raises(UserError, match=r'does not fit volo_tiny_224: 31 missing \(cls_token, '):
         classify('volo_tiny_224', source, image)

@@ -15,8 +15,9 @@ from ..errors import UserError
 CLASSES = 1000
 # Images with labels in the whole set. Val and ReaL share 50,000 images, of which ReaL gives 3,163 no label.
 IMAGES = {'val': 50_000, 'real': 46_837, 'v2': 10_000}
-# Top-1 accuracy in percent by timm's name of the weights, from timm's tables: results/results-imagenet.csv,
-# results-imagenet-real.csv and results-imagenetv2-matched-frequency.csv in huggingface/pytorch-image-models.
+# Top-1 accuracy in percent by timm's name of the weights. From timm's tables, results/results-imagenet.csv,
+# results-imagenet-real.csv and results-imagenetv2-matched-frequency.csv in huggingface/pytorch-image-models; HVT's from
+# its authors' repository.
 PROMISED: dict[str, dict[str, float]] = {
     'volo_d1_224.sail_in1k': dict(val=84.15, real=88.90, v2=74.10),
     'volo_d1_384.sail_in1k': dict(val=85.24, real=89.70, v2=75.65),
@@ -29,6 +30,22 @@ PROMISED: dict[str, dict[str, float]] = {
     'volo_d5_224.sail_in1k': dict(val=86.07, real=89.88, v2=76.55),
     'volo_d5_448.sail_in1k': dict(val=86.95, real=90.58, v2=77.75),
     'volo_d5_512.sail_in1k': dict(val=87.07, real=90.63, v2=78.12),
+    'coatnet_nano_rw_224.sw_in1k': dict(val=81.70, real=87.01, v2=70.74),
+    'coatnet_rmlp_nano_rw_224.sw_in1k': dict(val=82.06, real=87.28),
+    'coatnet_0_rw_224.sw_in1k': dict(val=82.40, real=87.15, v2=71.35),
+    'coatnet_1_rw_224.sw_in1k': dict(val=83.62, real=87.95, v2=72.68),
+    'coatnet_rmlp_1_rw_224.sw_in1k': dict(val=83.36, real=87.89, v2=73.04),
+    'coatnet_rmlp_1_rw2_224.sw_in12k_ft_in1k': dict(val=84.94, real=88.85, v2=74.46),
+    'coatnet_2_rw_224.sw_in12k_ft_in1k': dict(val=86.58, real=89.82, v2=77.10),
+    'coatnet_rmlp_2_rw_224.sw_in1k': dict(val=84.61, real=88.51, v2=74.18),
+    'coatnet_rmlp_2_rw_224.sw_in12k_ft_in1k': dict(val=86.50, real=89.78, v2=77.00),
+    'coatnet_rmlp_2_rw_384.sw_in12k_ft_in1k': dict(val=87.39, real=90.39, v2=78.49),
+    'hvt_ti1_224': dict(val=69.64),
+    'hvt_s0_224': dict(val=80.39),
+    'hvt_s1_224': dict(val=78.00),
+    'hvt_s2_224': dict(val=77.36),
+    'hvt_s3_224': dict(val=76.32),
+    'hvt_s4_224': dict(val=75.23),
 }
 
 

@@ -1,10 +1,12 @@
 """Classifiers by timm's names: how each is built and loaded, and how pictures are prepared for it."""
 
 import difflib
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from timm import list_models
 from timm.data import resolve_data_config
 from timm.models import get_pretrained_cfg, list_pretrained
@@ -13,12 +15,19 @@ from torch import Tensor, nn
 from ..checkpoints.reading import read_checkpoint
 from ..checkpoints.state_dict import backbone_tensors
 from ..errors import UserError
-from .classifiers import VOLOClassifier
-from .pretrained import load_strictly
-from .volo import ARCHITECTURES, PRETRAINED
+from ..ops.relative_table import table_grid
+from .classifiers import CoAtNetClassifier, HVTClassifier, VOLOClassifier
+from .coatnet import COATNET_ARCHITECTURES
+from .hvt import HVT_ARCHITECTURES
+from .pretrained import differences
+from .volo import ARCHITECTURES
 
-# Classifiers that timm does not have: their image side and crop.
-OWN: dict[str, dict[str, Any]] = {'volo_tiny_224': dict(input_size=(3, 224, 224), crop_pct=0.96)}
+_HVT = HVT_ARCHITECTURES.keys() - {'tiny'}
+# Classifiers that timm does not have: the preparation of pictures, where it differs from timm's defaults.
+OWN: dict[str, dict[str, Any]] = {
+    'volo_tiny_224': dict(crop_pct=0.96),
+    **{f'hvt_{arch}_224': dict(crop_pct=0.875) for arch in _HVT},
+}
 
 
 @dataclass(frozen=True)
@@ -29,13 +38,13 @@ class Family:
         archs: the ``<arch>`` in their names, ``<family>_<arch>_<side>``.
         build: from arch, image side and number of classes to the classifier.
         last_layer: name of the weight that has one row per class.
-        recognise: from the tensors of a checkpoint to the classifier's name, or None.
+        side: from the tensors of a checkpoint to the image side, or None if they do not tell.
     """
 
     archs: Collection[str]
-    build: Callable[[str, int, int], nn.Module]
+    build: Callable[[str, int, int], Any]
     last_layer: str
-    recognise: Callable[[Mapping[str, Tensor]], str | None]
+    side: Callable[[Mapping[str, Tensor]], int | None]
 
 
 @dataclass(frozen=True)
@@ -61,10 +70,15 @@ class NamedClassifier:
         state = backbone_tensors(read_checkpoint(source), source)
         family, arch, side = _parts(self.name)
         last_layer = state.get(family.last_layer)
-        num_classes = 1000 if last_layer is None else len(last_layer)
-        actual = next((name for other in FAMILIES.values() if (name := other.recognise(state))), None)
-        model = family.build(arch, side, num_classes)
-        load_strictly(model, state, source, self.name, actual if actual != self.name else None)
+        model = family.build(arch, side, 1000 if last_layer is None else len(last_layer))
+        own = model.state_dict()
+        state = {key: _with_shape(tensor, own.get(key)) for key, tensor in state.items()}
+        problems = differences(own, state)
+        if problems:
+            actual = _recognise(state)
+            whose = f', it is {actual}' if actual not in (None, self.name) else ''
+            raise UserError(f'{source} does not fit {self.name}{whose}: ' + '; '.join(problems))
+        model.load_state_dict(state)
         return model.eval()
 
 
@@ -94,7 +108,7 @@ def named_classifier(name: str, source: str = '') -> NamedClassifier:
         cfg: Any = get_pretrained_cfg(f'{model}.{tag}' if tag else model)
     except RuntimeError:  # the model is known, the tag is not
         raise UserError(f'timm has no weights {model}.{tag}, only {", ".join(list_pretrained(f"{model}.*"))}') from None
-    weights = f'{model}.{cfg.tag}' if cfg.tag else model
+    weights = f'{model}.{cfg.tag}' if cfg.has_weights else model
     return NamedClassifier(model, weights, resolve_data_config(pretrained_cfg=cfg.to_dict()))
 
 
@@ -116,9 +130,36 @@ def _parts(name: str) -> tuple[Family, str, int]:
     return FAMILIES[family], arch, int(side)
 
 
-def _recognise_volo(state: Mapping[str, Tensor]) -> str | None:
-    arch, grid = PRETRAINED.recognise(state), state.get('pos_embed')
-    return f'volo_{arch}_{16 * grid.shape[1]}' if arch and grid is not None and grid.dim() == 4 else None
+def _with_shape(tensor: Tensor, own: Tensor | None) -> Tensor:
+    """timm's table of relative biases ``[positions, heads]`` in rows and columns, as ours; others as they are."""
+    is_table = own is not None and (own.dim(), tensor.dim()) == (3, 2) and own.numel() == tensor.numel()
+    return tensor.view(own.shape) if is_table and own is not None else tensor
 
 
-FAMILIES = {'volo': Family(ARCHITECTURES, VOLOClassifier, 'head.weight', _recognise_volo)}
+def _recognise(state: Mapping[str, Tensor]) -> str | None:
+    """Name of the classifier whose tensors ``state`` contains, without the side if they do not tell, or None."""
+    for name, family in FAMILIES.items():
+        with torch.device('meta'):
+            form = family.build(next(iter(family.archs)), 224, 1).pretrained
+        if (arch := form.recognise(state)) in family.archs:
+            side = family.side(state)
+            return f'{name}_{arch}' + (f'_{side}' if side else '')
+    return None
+
+
+def _side_of_embedding(state: Mapping[str, Tensor]) -> int | None:
+    embedding = state.get('pos_embed')
+    return 16 * embedding.shape[1] if embedding is not None and embedding.dim() == 4 else None
+
+
+def _side_of_tables(state: Mapping[str, Tensor]) -> int | None:
+    tables = (tensor for key, tensor in state.items() if re.fullmatch(r'stages\.2\..+_table', key))
+    grid = next(map(table_grid, tables), None)
+    return 16 * grid[0] if grid else None
+
+
+FAMILIES = {
+    'volo': Family(ARCHITECTURES, VOLOClassifier, 'head.weight', _side_of_embedding),
+    'coatnet': Family(COATNET_ARCHITECTURES, CoAtNetClassifier, 'head.fc.weight', _side_of_tables),
+    'hvt': Family(sorted(_HVT), lambda arch, _, classes: HVTClassifier(arch, classes), 'head.weight', lambda _: None),
+}

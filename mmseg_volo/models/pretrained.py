@@ -92,7 +92,7 @@ def load_pretrained(model: Any, source: str, form: PretrainedFormat) -> None:
     new = {key for key in own if form.new.fullmatch(key)}
     if not new.isdisjoint(state):
         new = set()
-    problems = _differences(own, state, allowed_missing=new)
+    problems = differences(own, state, allowed_missing=new)
     if problems:
         variant = form.recognise(whole)
         whose = f', it is {form.name} arch={variant!r}' if variant not in (None, model.arch) else ''
@@ -133,33 +133,16 @@ def load_segmentor(model: nn.Module, source: str) -> dict:
     """
     contents = read_checkpoint(source)
     state = state_tensors(contents['state_dict'] if isinstance(contents.get('state_dict'), Mapping) else contents)
-    load_strictly(model, state, source, 'the model of this config')
+    own = model.state_dict()
+    problems = differences(own, state)
+    if problems:
+        raise UserError(f'{source} does not fit the model of this config: ' + '; '.join(problems))
+    model.load_state_dict(state)
     return contents.get('meta', {})
 
 
-def load_strictly(
-    model: nn.Module, state: Mapping[str, Tensor], source: str, name: str, actual: str | None = None
-) -> None:
-    """Load every tensor of a state dict.
-
-    Args:
-        model: unchanged unless the whole state dict fits.
-        state: the tensors, read from ``source``.
-        source: where they come from, for the message.
-        name: the model, for the message.
-        actual: the model to which the tensors belong, where it is known and another.
-
-    Raises:
-        UserError: a tensor is missing, unexpected or of another shape.
-    """
-    problems = _differences(model.state_dict(), state)
-    if problems:
-        whose = f', it is {actual}' if actual else ''
-        raise UserError(f'{source} does not fit {name}{whose}: ' + '; '.join(problems))
-    model.load_state_dict(state)
-
-
-def _differences(own: Mapping, state: Mapping, allowed_missing: frozenset[str] | set[str] = frozenset()) -> list[str]:
+def differences(own: Mapping, state: Mapping, allowed_missing: frozenset[str] | set[str] = frozenset()) -> list[str]:
+    """What keeps ``state`` from fitting the state dict ``own``: missing, unexpected and misshapen tensors in words."""
     missing = [key for key in own if key not in state and key not in allowed_missing]
     unexpected = [key for key in state if key not in own]
     shapes = [
