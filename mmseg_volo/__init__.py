@@ -22,9 +22,11 @@ from .engine import (  # noqa: E402
 from .evaluation import SegmentationMetric  # noqa: E402
 from .models import (  # noqa: E402
     ARCHITECTURES,
+    COATNET_ARCHITECTURES,
     HVT,
     HVT_ARCHITECTURES,
     VOLO,
+    CoAtNet,
     FCNHead,
     MultiLevelNeck,
     SegformerHead,
@@ -38,6 +40,7 @@ use_safe_loader()  # from here on mmengine reads checkpoints without running cod
 
 __all__ = [
     'ARCHITECTURES',
+    'COATNET_ARCHITECTURES',
     'HVT',
     'HVT_ARCHITECTURES',
     'VOLO',
@@ -45,6 +48,7 @@ __all__ = [
     'BeginSample',
     'CPUMemoryHook',
     'CamVidDataset',
+    'CoAtNet',
     'DurableCheckpointHook',
     'FCNHead',
     'IterationSeedHook',
