@@ -16,7 +16,7 @@ from parity import error
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmseg_volo import VOLO, CoAtNet
+from mmseg_volo import HVT, VOLO, CoAtNet
 from mmseg_volo.benchmark.memory import LiveMemory
 from mmseg_volo.errors import UserError
 from mmseg_volo.models.backbone import Backbone
@@ -32,6 +32,7 @@ CLIENTS: dict[str, Callable[..., Backbone]] = {
         dict(depths=(1, 1, 1, 1), widths=(8, 16, 32, 48), stem_widths=(8, 8), head_width=16),
         img_size=64,
     ),
+    'HVT': partial(HVT, dict(layers=(1, 1, 1, 1), strides=(1, 2, 2, 4), embed_dim=32, num_heads=2), img_size=64),
 }
 OUTPUT_NORMS = tuple(f'norm{i}.' for i in range(4))
 
@@ -42,7 +43,10 @@ def make(request) -> Callable[..., Backbone]:
 
     def build(**kwargs) -> Backbone:
         torch.manual_seed(0)
-        return CLIENTS[request.param](**kwargs)
+        client = CLIENTS[request.param]
+        if 'norm_eval' not in inspect.signature(client).parameters:  # it has no BatchNorm
+            kwargs.pop('norm_eval', None)
+        return client(**kwargs)
 
     return build
 

@@ -1,11 +1,7 @@
-import copy
-
 import pytest
 import timm.models.vision_transformer as vit
 import torch
 import torch.nn.functional as F
-from mmengine.registry import init_default_scope
-from mmseg.registry import MODELS
 from parity import assert_close
 from torch import nn
 
@@ -23,6 +19,7 @@ PUBLISHED = {
     's4': (3, '22.12'),
 }
 SMALL = dict(layers=(1, 1, 1, 1), strides=(1, 2, 2, 4), embed_dim=16, num_heads=2)
+ONE_POOLING = {**SMALL, 'strides': (1, 2, 2, 2)}
 
 
 def narrow(arch: str) -> dict:
@@ -44,7 +41,7 @@ class Reference(nn.Module):
         self.blocks = nn.ModuleList([vit.Block(dim, heads, qkv_bias=True) for _ in range(depth)])
         h, w = grid
         length = h * w
-        for block in self.blocks[:: width or depth + 1] if width else []:
+        for block in self.blocks[::width] if width else []:
             h, w, length = (h + 1) // 2, (w + 1) // 2, (length - 3) // 2 + 1
             shape = self.shape(h, w) if two_dimensional else (length,)
             block.pos_embed = nn.Parameter(torch.randn(1, *shape, dim))
@@ -58,7 +55,7 @@ class Reference(nn.Module):
         return (h, w) if self.two_dimensional else (h * w,)
 
     def forward(self, x):
-        """The tokens after each block, ``[B, L, C]`` or ``[B, h, w, C]``, and the logits."""
+        """Return the tokens after each block, ``[B, L, C]`` or ``[B, h, w, C]``, and the logits."""
         x = self.patch_embed['proj'](x).permute(0, 2, 3, 1)
         x = (x if self.two_dimensional else x.flatten(1, 2)) + self.pos_embed
         tokens = []
@@ -209,11 +206,11 @@ def test_two_dimensional_form_equals_a_plain_one_in_maps_and_gradients(size):
     assert_equal_gradients(model, reference)
 
 
-@pytest.mark.parametrize('size', [(1, 1), (16, 16), (17, 33), (64, 64), (67, 71), (100, 250), (512, 512)], ids=str)
-@pytest.mark.parametrize('patch_size', [None, 16])
-def test_any_size_gives_levels_rounded_up(size, patch_size):
-    model = HVT('tiny', patch_size=patch_size).eval()
-    assert model.out_strides == ([8, 16, 16, 16] if patch_size is None else [16, 32, 32, 32])
+@pytest.mark.parametrize('size', [(1, 1), (100, 250)], ids=str)
+@pytest.mark.parametrize('patch_size', [4, 8, 16])
+def test_the_patch_sets_the_strides(size, patch_size):
+    model = HVT('s4', img_size=64, patch_size=patch_size).eval()
+    assert model.out_strides == [patch_size * 2**stage for stage in range(5)]
     with torch.inference_mode():
         outputs = model(torch.randn(1, 3, *size))
     for y, channels, stride in zip(outputs, model.out_channels, model.out_strides, strict=True):
@@ -225,11 +222,10 @@ def test_tiny_has_about_a_million_parameters():
     assert 0.9e6 < sum(p.numel() for p in HVT('tiny').parameters()) < 1.1e6
 
 
-@pytest.mark.parametrize('pooling', ['1d', '2d'])
 @pytest.mark.parametrize('out_indices', [(0,), (1,), (0, 2), (3,), (0, 1, 2, 3)], ids=str)
-def test_out_indices_choose_levels_and_every_parameter_learns(out_indices, pooling):
+def test_out_indices_of_the_authors_form_choose_levels_and_every_parameter_learns(out_indices):
     torch.manual_seed(0)
-    whole, part = (HVT(SMALL, pooling=pooling, out_indices=indices) for indices in (None, out_indices))
+    whole, part = (HVT(SMALL, pooling='1d', out_indices=indices) for indices in (None, out_indices))
     part.load_state_dict({key: value for key, value in whole.state_dict().items() if key in part.state_dict()})
     x = torch.randn(1, 3, 224, 224)
     outputs, expected = part(x), whole(x)
@@ -244,11 +240,10 @@ def test_out_indices_choose_levels_and_every_parameter_learns(out_indices, pooli
 # Position embeddings
 
 
-@pytest.mark.parametrize(('pooling', 'size'), [('2d', (48, 80)), ('1d', (96, 160))])
 @pytest.mark.parametrize('change', ['in place', 'through .data, as an EMA swap does', 'load_state_dict', 'dtype'])
-def test_changed_embeddings_are_resized_anew(change, pooling, size):
-    model = HVT({**SMALL, 'strides': (1, 2, 2, 2)}, pooling=pooling).eval()
-    x = torch.randn(1, 3, *size)
+def test_changed_embeddings_of_the_authors_form_are_resized_anew(change):
+    model = HVT(ONE_POOLING, pooling='1d').eval()
+    x = torch.randn(1, 3, 96, 160)
     with torch.no_grad():
         first = model(x)
         assert all(torch.equal(a, b) for a, b in zip(model(x), first, strict=True))
@@ -264,7 +259,7 @@ def test_changed_embeddings_are_resized_anew(change, pooling, size):
             else:
                 model.get_parameter(name).data.copy_(new)
                 model.eval()
-            fresh = HVT({**SMALL, 'strides': (1, 2, 2, 2)}, pooling=pooling).to(x.dtype).eval()
+            fresh = HVT(ONE_POOLING, pooling='1d').to(x.dtype).eval()
             fresh.load_state_dict(model.state_dict())
             assert not torch.equal(model(x)[3].float(), first[3])
             for a, e in zip(model(x), fresh(x), strict=True):
@@ -281,27 +276,6 @@ def test_changed_embeddings_are_resized_anew(change, pooling, size):
 def test_drop_path_ramps_over_all_blocks():
     rates = [getattr(block.drop_path, 'drop_prob', 0.0) for block in HVT('s2', drop_path_rate=0.11).blocks]
     assert rates == pytest.approx([0.01 * i for i in range(12)])
-
-
-@pytest.mark.parametrize('knob', ['drop_path_rate', 'attn_drop_rate'])
-def test_dropout_acts_in_training_only(knob):
-    torch.manual_seed(0)
-    model = HVT(SMALL, **{knob: 0.5}).train()
-    x = torch.randn(2, 3, 64, 64)
-    assert not torch.equal(model(x)[3], model(x)[3])
-    model.eval()
-    assert torch.equal(model(x)[3], model(x)[3])
-
-
-@pytest.mark.parametrize('frozen_stages', [-1, 0, 1, 2, 3, 4])
-def test_frozen_stages_stand_still(frozen_stages):
-    model = HVT('tiny', frozen_stages=frozen_stages).train()
-    backward(model(torch.randn(2, 3, 64, 64)))
-    for name, parameter in model.named_parameters():
-        part, *place = name.split('.')
-        stage = int(place[0]) // 2 + 1 if part == 'blocks' else {'patch_embed': 0, 'pos_embed': 1}.get(part, 5)
-        assert (parameter.grad is None) == (stage <= frozen_stages), name
-    assert [block.training for block in model.blocks] == [i // 2 + 1 > frozen_stages for i in range(8)]
 
 
 @pytest.mark.parametrize('pooling', ['1d', '2d'])
@@ -328,25 +302,12 @@ def test_recomputing_changes_memory_not_numbers(knob, pooling):
         )
 
 
-def test_amp_gives_finite_maps_close_to_float32():
-    torch.manual_seed(0)
-    model = HVT('tiny', img_size=64).eval()
-    x = torch.randn(1, 3, 48, 80)
-    with torch.no_grad():
-        exact = model(x)
-        with torch.autocast('cpu', torch.bfloat16):
-            mixed = model(x)
-    for a, e in zip(mixed, exact, strict=True):
-        assert (a.float() - e).abs().max() < 0.15 and torch.isfinite(a).all()
-
-
-@pytest.mark.parametrize(('pooling', 'sizes'), [('2d', [(64, 64), (48, 80), (50, 33)]), ('1d', [(224, 224), (96, 50)])])
-def test_compiled_equals_eager_in_maps_and_gradients(pooling, sizes):
+def test_authors_form_compiles():
     torch.manual_seed(0)
     torch._dynamo.reset()
-    model = HVT({**SMALL, 'strides': (1, 2, 2, 2)}, pooling=pooling).train()
+    model = HVT(dict(SMALL, layers=(1, 1), strides=(1, 2)), pooling='1d').train()
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
-    for size in sizes:
+    for size in ((224, 224), (96, 50)):
         x = torch.randn(2, 3, *size)
         results = []
         for run in (compiled, model):
@@ -358,9 +319,8 @@ def test_compiled_equals_eager_in_maps_and_gradients(pooling, sizes):
             assert torch.allclose(a, e, rtol=1e-3, atol=1e-4 * e.abs().max().item())
 
 
-@pytest.mark.parametrize('pooling', ['1d', '2d'])
-def test_exports(pooling):
-    model = HVT(SMALL, pooling=pooling).eval()
+def test_authors_form_exports():
+    model = HVT(SMALL, pooling='1d').eval()
     x = torch.randn(1, 3, 224, 224)
     exported = torch.export.export(model, (x,)).module()
     for a, e in zip(exported(x), model(x), strict=True):
@@ -422,13 +382,6 @@ def test_a_deit_is_not_taken_for_an_hvt(tmp_path):
         from_checkpoint(tmp_path, state, 's0', pooling='1d')
 
 
-def test_hvt_is_registered_in_mmseg():
-    init_default_scope('mmseg')
-    model = MODELS.build(dict(type='HVT', arch='tiny', out_indices=[1, 3]))
-    assert isinstance(model, HVT) and model.out_indices == (1, 3)
-    assert isinstance(copy.deepcopy(model), HVT)
-
-
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
@@ -445,9 +398,6 @@ def test_hvt_is_registered_in_mmseg():
         (dict(patch_size=7), 'patch_size must be 4, 8, 16 or None, got 7'),
         (dict(pooling='1d', patch_size=8), "pooling='1d' needs patch_size=16 and img_size=224, got 8 and 224"),
         (dict(pooling='1d', img_size=(224, 256)), r'img_size=224, got 16 and \(224, 256\)'),
-        (dict(out_indices=(0, 4)), r'out_indices .* got \(0, 4\)'),
-        (dict(frozen_stages=5), 'frozen_stages must be between -1 and 4, got 5'),
-        (dict(drop_path_rate=2), 'drop_path_rate must be a number from 0 to 1, got 2'),
     ],
 )
 def test_wrong_arguments_are_one_sentence(arguments, message):
