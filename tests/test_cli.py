@@ -79,6 +79,12 @@ def test_wrong_arguments_are_one_sentence(arguments, sentence, capsys):
     assert end.value.code == 2 and line.startswith(f'error: {sentence}')
 
 
+@pytest.mark.parametrize('words', [['a.png', 'b', '--amp'], ['--amp', 'a.png', 'b'], ['a.png', '--amp', 'b']], ids=str)
+def test_files_that_may_be_left_out_may_also_follow_options(words):
+    assert parser().parse_args(['classify', 'volo_d1_224', 'd1.pth', *words]).images == ['a.png', 'b']
+    assert parser().parse_args(['classify', 'volo_d1_224', 'd1.pth', '--imagenet', 'val']).images == []
+
+
 def test_each_tool_is_a_command_and_runs_it(capsys, monkeypatch):
     tools = {path.stem.replace('_', '-'): path for path in (ROOT / 'tools').glob('*.py')}
     assert set(tools) == set(COMMANDS) - WITHOUT_TOOL

@@ -1,19 +1,22 @@
 """Image classifiers with the backbones of this package, for ImageNet checkpoints as they were published."""
 
 import re
+from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp, trunc_normal_
+from timm.layers import LayerNorm2d, Mlp, trunc_normal_
 from torch import Tensor, nn
 
-from .pretrained import load_pretrained, pretrained_checkpoint
-from .volo import PRETRAINED, VOLO, _init_linear, architecture_settings
-
-NOTHING = re.compile('(?!)')
-VOLO_CLASSIFIER = replace(PRETRAINED, classifier=NOTHING, new=NOTHING)  # every tensor of a checkpoint is used
+from ..errors import UserError
+from .backbone import init_linear
+from .coatnet import CoAtNet
+from .hvt import HVT, HVT_ARCHITECTURES
+from .pretrained import PretrainedFormat
+from .volo import VOLO, architecture_settings
 
 
 class ClassAttention(nn.Module):
@@ -72,6 +75,7 @@ class VOLOClassifier(VOLO):
 
     def __init__(self, arch: Any = 'd1', img_size: Any = 224, num_classes: int = 1000, **backbone):
         super().__init__(arch, img_size, out_indices=(3,), **backbone)
+        self.pretrained = _with_classifier(self.pretrained)
         settings = architecture_settings(arch)
         dim, num_heads = settings['embed_dims'][1], settings['num_heads'][1]
         self.norm3 = nn.Identity()  # the classifier normalises after its own blocks
@@ -82,7 +86,7 @@ class VOLOClassifier(VOLO):
         self.aux_head = nn.Linear(dim, num_classes)
         trunc_normal_(self.cls_token, std=0.02)
         for module in (self.post_network, self.head, self.aux_head):
-            module.apply(_init_linear)
+            module.apply(init_linear)
 
     def forward_tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits ``[B, K]`` and token logits ``[B, N, K]`` of images ``[B, 3, H, W]``; not yet added."""
@@ -99,11 +103,76 @@ class VOLOClassifier(VOLO):
         logits, token_logits = self.forward_tokens(x)
         return logits + 0.5 * token_logits.amax(1)
 
-    def init_weights(self) -> None:
-        """Load the checkpoint of ``init_cfg`` safely and strictly, or run mmengine's initialisers."""
-        source = pretrained_checkpoint(self.init_cfg)
-        if source is None:
-            super().init_weights()
-        else:
-            load_pretrained(self, source, VOLO_CLASSIFIER)
-            self._is_init = True
+
+class CoAtNetClassifier(CoAtNet):
+    """CoAtNet with timm's classifier: LayerNorm, the average over the last map, and a linear layer.
+
+    The parameters have timm's names. Paper: https://arxiv.org/abs/2106.04803.
+
+    Args:
+        arch: see ``CoAtNet``.
+        img_size: see ``CoAtNet``.
+        num_classes: number of classes K.
+        backbone: other arguments of ``CoAtNet`` except ``out_indices``. A checkpoint in ``init_cfg`` must contain the
+            classifier.
+
+    Raises:
+        UserError: an argument of ``CoAtNet`` has an invalid value.
+    """
+
+    def __init__(self, arch: Any = '0', img_size: Any = 224, num_classes: int = 1000, **backbone):
+        super().__init__(arch, img_size, out_indices=(3,), **backbone)
+        self.pretrained = _with_classifier(self.pretrained)
+        self.norm3 = nn.Identity()
+        self.norm = LayerNorm2d(self.out_channels[0])
+        self.head = nn.Sequential(OrderedDict(fc=nn.Linear(self.out_channels[0], num_classes)))
+        self.head.apply(init_linear)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Logits ``[B, K]`` of images ``[B, 3, H, W]``."""
+        (feature_map,) = super().forward(x)
+        return self.head(self.norm(feature_map).mean((2, 3)))
+
+
+class HVTClassifier(HVT):
+    """HVT with the authors' classifier: LayerNorm, the average over the tokens, and a linear layer, for 224 x 224.
+
+    The parameters have the authors' names. Paper: https://arxiv.org/abs/2103.10619.
+
+    Args:
+        arch: a key of ``HVT_ARCHITECTURES``.
+        num_classes: number of classes K.
+        backbone: other arguments of ``HVT`` except ``out_indices`` and ``pooling``, which is '1d'. A checkpoint in
+            ``init_cfg`` must contain the classifier.
+
+    Raises:
+        UserError: an argument of ``HVT`` has an invalid value, or an image another size.
+    """
+
+    def __init__(self, arch: str = 's1', num_classes: int = 1000, **backbone):
+        last = len(HVT_ARCHITECTURES[arch]['layers']) - 1
+        super().__init__(arch, pooling='1d', out_indices=(last,), **backbone)
+        self.pretrained = _with_classifier(self.pretrained)
+        self.add_module(f'norm{last}', nn.Identity())
+        self.norm = nn.LayerNorm(self.out_channels[0], eps=1e-6)
+        self.head = nn.Linear(self.out_channels[0], num_classes)
+        self.head.apply(init_linear)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Logits ``[B, K]`` of images ``[B, 3, 224, 224]``."""
+        if x.shape[-2:] != (224, 224):
+            raise UserError(f'the classifier of HVT takes 224 x 224 images only, got {x.shape[-2]} x {x.shape[-1]}')
+        (feature_map,) = super().forward(x)
+        x = feature_map.flatten(2).transpose(1, 2)[:, :: self.strides[-1]]  # the map repeats each pooled token
+        length = [module.pos_embed.shape[1] for module in (self, *self.blocks) if hasattr(module, 'pos_embed')][-1]
+        return self.head(self.norm(x[:, :length]).mean(1))
+
+
+def _with_classifier(form: PretrainedFormat) -> PretrainedFormat:
+    """Description of the same checkpoints for a model that has the classifier, too."""
+
+    def recognise(state: Mapping[str, Tensor]) -> str | None:
+        return form.recognise({key: value for key, value in state.items() if not form.classifier.fullmatch(key)})
+
+    nothing = re.compile('(?!)')
+    return replace(form, classifier=nothing, new=nothing, recognise=recognise)
