@@ -130,7 +130,7 @@ def _add_make_token_labels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('out', metavar='DIR', help='folder for the token labels, one file per image')
     parser.add_argument('--model', required=True, metavar='NAME', help="timm's name of the classifier that labels")
     parser.add_argument('--checkpoint', metavar='FILE', help="its weights (default: download timm's)")
-    parser.add_argument('--batch', type=int, default=32, help='images per step ' + DEFAULT)
+    parser.add_argument('--batch-size', type=int, default=32, help='images per forward pass ' + DEFAULT)
     parser.add_argument('--workers', type=int, default=4, help='processes that read images ' + DEFAULT)
     parser.add_argument('--skip-existing', action='store_true', help='keep whole files of an earlier run, and continue')
     _add_device(parser, numbered=True)

@@ -247,7 +247,7 @@ def label(place: Path, out: Path, **more) -> None:
 
 
 def test_labels_are_the_most_likely_classes_of_the_whole_image(place, tmp_path):
-    label(place, tmp_path / 'out', batch=5)
+    label(place, tmp_path / 'out', batch_size=5)
     names = sorted(str(path.relative_to(tmp_path / 'out')) for path in (tmp_path / 'out').rglob('*.*'))
     assert names == [f'{name}/{i}.safetensors' for name in 'abc' for i in range(4)]
     model = timm.create_model('test_resnet', num_classes=3, checkpoint_path=str(place / 'teacher.pth')).eval()
@@ -291,6 +291,9 @@ def test_what_no_teacher_can_label_is_one_sentence(place, tmp_path, capsys):
     images, out = place / 'data/train', tmp_path / 'out'
     error = fails(capsys, 'make-token-labels', images, out, '--model', 'test_resnte', *teacher)
     assert "timm has no model named 'test_resnte'; did you mean test_resnet" in error
+    for flag, least in (('--batch-size', 1), ('--workers', 0)):
+        error = fails(capsys, 'make-token-labels', images, out, '--model', 'test_resnet', flag, least - 1)
+        assert f'{flag} must be at least {least}, got {least - 1}' in error
     error = fails(capsys, 'make-token-labels', tmp_path, out, '--model', 'test_resnet', *teacher)
     assert f'no images (.jpg, .jpeg, .png, .ppm, .bmp, .pgm, .tif) in {tmp_path}' in error
     error = fails(capsys, 'make-token-labels', images, out, '--model', 'test_vit', *teacher)

@@ -32,7 +32,7 @@ def make_token_labels(
     out: str,
     model: str,
     checkpoint: str | None = None,
-    batch: int = 32,
+    batch_size: int = 32,
     workers: int = 4,
     device: str = 'auto',
     skip_existing: bool = False,
@@ -47,21 +47,25 @@ def make_token_labels(
         out: folder for the token labels.
         model: timm's name of the teacher.
         checkpoint: weights of the teacher; by default timm's pretrained ones are downloaded.
-        batch: images per forward pass.
-        workers: processes that read images.
+        batch_size: images per forward pass.
+        workers: processes that read images; 0 reads them in this process.
         device: ``'auto'`` uses a GPU if one is available.
         skip_existing: keep whole files of an earlier run of the same teacher, and continue.
 
     Raises:
         UserError: no images, one that cannot be decoded, token labels in ``out``, or a teacher that cannot be used.
     """
+    if batch_size < 1:
+        raise UserError(f'--batch-size must be at least 1, got {batch_size}')
+    if workers < 0:
+        raise UserError(f'--workers must be at least 0, got {workers}')
     targets = _targets(Path(folder), make_writable(out))
     teacher = _Teacher(model, checkpoint, resolve_device(device))
     todo = {image: path for image, path in targets.items() if not _is_whole(path, teacher.label_shape)}
     present = [path for path in targets.values() if path.exists()]
     if present and not skip_existing:
         raise UserError(f'{present[0]} exists; choose another folder, or continue with --skip-existing')
-    loader = DataLoader(_Images(list(todo), teacher.transform), batch, num_workers=workers)
+    loader = DataLoader(_Images(list(todo), teacher.transform), batch_size, num_workers=workers)
     names = iter(todo.values())
     with tqdm(total=len(todo), desc='token labels', unit='image', disable=None) as bar:
         for images in loader:
