@@ -15,7 +15,22 @@ DEFAULT = '(default: %(default)s)'
 
 
 class _Parser(argparse.ArgumentParser):
-    """An ``ArgumentParser`` whose errors are one sentence, with a suggestion for a mistyped command."""
+    """An ``ArgumentParser`` whose errors are one sentence, with a suggestion for a mistyped command.
+
+    Files may follow options even where they may be left out, which argparse's ``nargs='*'`` does not allow.
+    """
+
+    _is_inner = False  # Python 3.11's parse_known_intermixed_args() calls parse_known_args()
+
+    def parse_known_args(self, args=None, namespace=None):
+        may_be_empty = any(action.nargs == '*' for action in self._get_positional_actions())
+        if self._is_inner or not may_be_empty:
+            return super().parse_known_args(args, namespace)
+        self._is_inner = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._is_inner = False
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f'error: {message}; {self.prog} --help lists what it takes\n')
@@ -109,6 +124,29 @@ def _train(args: dict) -> None:
     train(**args)
 
 
+def _pretrain(args: dict) -> None:
+    from mmseg_volo.apis.pretraining import pretrain
+
+    pretrain(**args)
+
+
+def _add_make_token_labels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('folder', help='images, also in subfolders')
+    parser.add_argument('out', metavar='DIR', help='folder for the token labels, one file per image')
+    parser.add_argument('--model', required=True, metavar='NAME', help="timm's name of the classifier that labels")
+    parser.add_argument('--checkpoint', metavar='FILE', help="its weights (default: download timm's)")
+    parser.add_argument('--batch-size', type=int, default=32, help='images per forward pass ' + DEFAULT)
+    parser.add_argument('--workers', type=int, default=4, help='processes that read images ' + DEFAULT)
+    parser.add_argument('--skip-existing', action='store_true', help='keep whole files of an earlier run, and continue')
+    _add_device(parser, numbered=True)
+
+
+def _make_token_labels(args: dict) -> None:
+    from mmseg_volo.pretraining.teacher import make_token_labels
+
+    make_token_labels(**args)
+
+
 def _add_test(parser: argparse.ArgumentParser) -> None:
     _add_config(parser)
     _add_checkpoint(parser)
@@ -157,6 +195,30 @@ def _infer(args: dict) -> int:
 
     undecoded = infer(**args)
     return 1 if undecoded else 0
+
+
+def _add_classify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('model', help="timm's name of the classifier, such as volo_d1_224")
+    parser.add_argument('checkpoint', help='its weights: a path, a URL or timm://NAME')
+    parser.add_argument('images', nargs='*', default=[], help='images, folders (with subfolders) or patterns')
+    parser.add_argument('--imagenet', metavar='DIR', help='measure on the 1,000 class folders of ImageNet in DIR')
+    parser.add_argument(
+        '--labels',
+        choices=['val', 'real', 'v2'],
+        default='val',
+        help='labels for --imagenet: the original ones, ReaL, or those of ImageNet-V2 ' + DEFAULT,
+    )
+    parser.add_argument('--out', metavar='JSON', help='also write the results to this file')
+    parser.add_argument('--batch-size', type=int, default=32, help='images per forward pass ' + DEFAULT)
+    parser.add_argument('--workers', type=int, help='processes that decode images (default: one per core, at most 4)')
+    parser.add_argument('--amp', action='store_true', help='mixed precision: bfloat16, or float16 on older GPUs')
+    _add_device(parser, numbered=True)
+
+
+def _classify(args: dict) -> int:
+    from mmseg_volo.apis.classification import classify
+
+    return 1 if classify(**args).get('skipped') else 0
 
 
 def _add_check_data(parser: argparse.ArgumentParser) -> None:
@@ -291,7 +353,14 @@ COMMANDS: dict[str, tuple[str, Callable, Callable]] = {
     'check-data': ("Check every image and label in a config's data sets.", _add_check_data, _check_data),
     'train': ('Train a segmentor.', _add_train, _train),
     'test': ("Measure a checkpoint on a config's test set.", _add_test, _test),
+    'pretrain': ('Train a classifier with token labels, from which segmentors can start.', _add_train, _pretrain),
+    'make-token-labels': (
+        'Write token labels for images with a timm classifier.',
+        _add_make_token_labels,
+        _make_token_labels,
+    ),
     'infer': ('Segment images and videos: overlays, label maps, probabilities.', _add_infer, _infer),
+    'classify': ('Classify images, or measure a classifier on ImageNet.', _add_classify, _classify),
     'plot': ('Plot loss, learning rate and mIoU of training runs.', _add_plot, _plot),
     'toy-streets': (
         "Write a small data set of generated street scenes in Cityscapes' layout.",

@@ -8,6 +8,7 @@ from ._version import __version__  # noqa: E402
 from .checkpoints import DurableCheckpointHook, use_safe_loader  # noqa: E402
 from .datasets import CamVidDataset, PhotoMetricDistortion, RandomCrop  # noqa: E402
 from .engine import (  # noqa: E402
+    BackboneLayerDecayConstructor,
     BeginSample,
     CPUMemoryHook,
     IterationSeedHook,
@@ -21,7 +22,11 @@ from .engine import (  # noqa: E402
 from .evaluation import SegmentationMetric  # noqa: E402
 from .models import (  # noqa: E402
     ARCHITECTURES,
+    COATNET_ARCHITECTURES,
+    HVT,
+    HVT_ARCHITECTURES,
     VOLO,
+    CoAtNet,
     FCNHead,
     MultiLevelNeck,
     SegformerHead,
@@ -35,10 +40,15 @@ use_safe_loader()  # from here on mmengine reads checkpoints without running cod
 
 __all__ = [
     'ARCHITECTURES',
+    'COATNET_ARCHITECTURES',
+    'HVT',
+    'HVT_ARCHITECTURES',
     'VOLO',
+    'BackboneLayerDecayConstructor',
     'BeginSample',
     'CPUMemoryHook',
     'CamVidDataset',
+    'CoAtNet',
     'DurableCheckpointHook',
     'FCNHead',
     'IterationSeedHook',

@@ -1,12 +1,16 @@
-"""Atomic writing of files, their SHA-256, and distinct names for outputs."""
+"""Finding files, atomic writing, SHA-256, and distinct names for outputs."""
 
+import glob
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from .errors import UserError
+
+IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
 PARTIAL = '.partial-'  # prefix of the name of a file that is being written
 
 
@@ -46,3 +50,45 @@ def distinct_names(files: Sequence[str]) -> dict[str, str]:
     count = Counter(stems)
     chosen = [name if count[stem] > 1 else stem for name, stem in zip(names, stems, strict=True)]
     return dict(zip(files, chosen if len(set(chosen)) == len(chosen) else names, strict=True))
+
+
+def find_files(items: Sequence[str], kinds: Mapping[str, Sequence[str]], left_out: Sequence[str] = ()) -> list[str]:
+    """Find files for a command.
+
+    Args:
+        items: files, folders with their subfolders, and glob patterns.
+        kinds: suffixes of the files to take from folders, by the name of the kind.
+        left_out: folders whose files folders and patterns leave out.
+
+    Returns:
+        Paths, each file once.
+
+    Raises:
+        UserError: an item gives no file.
+    """
+    suffixes = tuple(suffix for group in kinds.values() for suffix in group)
+    folders = [os.path.abspath(folder) for folder in left_out]
+
+    def matches(pattern: str) -> list[str]:
+        return [
+            path
+            for path in sorted(glob.glob(pattern, recursive=True))
+            if os.path.isfile(path) and not any(Path(os.path.abspath(path)).is_relative_to(out) for out in folders)
+        ]
+
+    files: list[str] = []
+    for item in items:
+        if os.path.isdir(item):
+            inside = matches(os.path.join(glob.escape(item), '**'))
+            found = [path for path in inside if path.lower().endswith(suffixes)]
+            if not found:
+                nothing = ' and '.join(f'no {kind}s' for kind in kinds)
+                raise UserError(f'folder {item} has {nothing} ({", ".join(suffixes)})')
+        elif os.path.isfile(item):
+            found = [item]
+        else:
+            found = matches(item)
+            if not found:
+                raise UserError(f'no {", ".join(kinds)}, folder or pattern matches {item}')
+        files += found
+    return list({os.path.abspath(file): file for file in files}.values())

@@ -16,7 +16,6 @@ SPLITS = ('train', 'val', 'test')
 KINDS = {
     'model': dict,
     'model.backbone': dict,
-    'model.decode_head': dict | list,
     'optim_wrapper': dict | None,
     'auto_scale_lr': dict | None,
     'custom_hooks': list | None,
@@ -68,7 +67,7 @@ def find_config(config: str) -> Path:
 
 
 def load_config(path: str, options: dict) -> Config:
-    """Load a config and override it.
+    """Load the config of a segmentor and override it.
 
     Args:
         path: a file, or the name of a shipped config.
@@ -77,6 +76,16 @@ def load_config(path: str, options: dict) -> Config:
     Raises:
         UserError: not found, does not load, or a value that the commands read has the wrong type.
     """
+    cfg = load_any_config(path, options)
+    if 'decode_head' not in cfg.model and cfg.get('default_scope') == 'mmpretrain':
+        raise UserError(f'{path} trains a classifier, not a segmentor; use mmseg-volo pretrain')
+    _check_kinds(cfg, {'model.decode_head': dict | list})
+    _check_heads(cfg)
+    return cfg
+
+
+def load_any_config(path: str, options: dict) -> Config:
+    """Load the config of any model; see ``load_config``."""
     file = find_config(path)
     try:
         cfg = Config.fromfile(file)
@@ -87,7 +96,6 @@ def load_config(path: str, options: dict) -> Config:
     except Exception as error:  # mmengine raises what comes its way
         raise UserError(f'{", ".join(options)} cannot be set in {path}: {type(error).__name__}: {error}') from None
     _check_kinds(cfg, KINDS)
-    _check_heads(cfg)
     for loader in (f'{split}_dataloader' for split in SPLITS):
         if cfg.get(loader) is not None:
             _check_kinds(cfg, {loader: dict} | {f'{loader}.{key}': kind for key, kind in LOADER_KINDS.items()})

@@ -35,6 +35,8 @@ LOST_PEER = re.compile(
     re.IGNORECASE,
 )
 LOST_PEER_SENTENCE = 'another process of this run ended or stopped answering; its output or the launcher says why'
+# What a data-loader worker puts before the message of an exception.
+IN_WORKER = re.compile(r'Caught UserError in DataLoader worker.*\bUserError: ', re.DOTALL)
 SHOW = '(MMSEG_VOLO_TRACEBACK=1 shows where)'
 
 
@@ -78,7 +80,7 @@ def _first_line(error: Exception) -> str:
 def _sentence(error: Exception) -> str | None:
     """The user's mistake in one sentence, or None for a defect."""
     if isinstance(error, UserError):
-        return str(error)
+        return IN_WORKER.sub('', str(error))
     if isinstance(error, OSError) and error.errno in DISKS + NAMES:
         return f'{error.strerror}: {error.filename or "while writing"}'
     if isinstance(error, DistError):

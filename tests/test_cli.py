@@ -64,7 +64,7 @@ def test_without_a_command_the_commands_are_listed(capsys):
 @pytest.mark.parametrize(
     ('arguments', 'sentence'),
     [
-        (['trian'], "no command named 'trian': did you mean train?"),
+        (['demmo'], "no command named 'demmo': did you mean demo?"),
         (['zzz'], "no command named 'zzz': choose from demo, configs"),
         (['train'], 'the following arguments are required: config'),
         (['train', 'c', '--seed', 'x'], "argument --seed: invalid int value: 'x'"),
@@ -77,6 +77,12 @@ def test_wrong_arguments_are_one_sentence(arguments, sentence, capsys):
         main(arguments=arguments)
     (line,) = capsys.readouterr().err.splitlines()
     assert end.value.code == 2 and line.startswith(f'error: {sentence}')
+
+
+@pytest.mark.parametrize('words', [['a.png', 'b', '--amp'], ['--amp', 'a.png', 'b'], ['a.png', '--amp', 'b']], ids=str)
+def test_files_that_may_be_left_out_may_also_follow_options(words):
+    assert parser().parse_args(['classify', 'volo_d1_224', 'd1.pth', *words]).images == ['a.png', 'b']
+    assert parser().parse_args(['classify', 'volo_d1_224', 'd1.pth', '--imagenet', 'val']).images == []
 
 
 def test_each_tool_is_a_command_and_runs_it(capsys, monkeypatch):
@@ -143,7 +149,7 @@ def test_options_are_read_as_mmengine_reads_them():
 
 
 def test_the_configs_are_listed_with_head_data_set_and_parameters(capsys):
-    assert main(arguments=['configs', 'volo_tiny*']) == 0
+    assert main(arguments=['configs', 'volo_tiny_[ct]*']) == 0
     printed = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in printed.splitlines() if 'volo_' in line]
     assert rows == [

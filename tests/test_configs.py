@@ -11,10 +11,11 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from mmseg.registry import DATASETS, MODELS
 
-from mmseg_volo import VOLO
+from mmseg_volo import HVT, VOLO
 
 CONFIGS = ROOT / 'configs'
 LEAVES = sorted(path.name for path in CONFIGS.glob('*.py'))
+BACKBONES = {'volo': VOLO, 'hvt': HVT}  # by the first part of a leaf's name
 BASES = sorted(path.stem for path in (CONFIGS / '_base_').glob('*.py'))
 GRID = [
     f'volo_{arch}{head}_{dataset}.py'
@@ -56,6 +57,7 @@ def upstream_types(node) -> list:
 def test_the_documented_leaves_exist():
     assert set(GRID) <= set(LEAVES)
     assert {'volo_tiny_toy_streets.py', 'volo_tiny_camvid.py', 'volo_d1_camvid.py'} <= set(LEAVES)
+    assert {'hvt_tiny_camvid.py', 'hvt_s1_camvid.py'} <= set(LEAVES)
 
 
 def test_every_base_has_a_user():
@@ -67,7 +69,7 @@ def test_leaf_is_short_and_states_its_batch(leaf):
     text = (CONFIGS / leaf).read_text()
     assert len(text.splitlines()) <= 40
     assert leaf.removesuffix('.py').isidentifier()
-    assert re.match(r'# VOLO-\w+ \+ .*: \d+ (GPUs?|process(es)?) x \d+ images', text)
+    assert re.match(r'# (VOLO|HVT)-\w+ \+ .*: \d+ (GPUs?|process(es)?) x \d+ images', text)
     bases = bases_of(CONFIGS / leaf)
     assert len(bases & {'camvid', 'cityscapes', 'ade20k', 'toy_streets'}) == 1
     assert len(bases & {'upernet', 'segformer'}) == 1
@@ -113,10 +115,10 @@ def test_leaf_builds_and_its_parts_fit(leaf, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # so that relative paths would fail
     cfg, model = build(leaf)
     backbone = model.backbone
-    assert isinstance(backbone, VOLO)
-    arch = leaf.split('_')[1].removesuffix('.py')
-    assert backbone.arch == arch
-    assert backbone.pos_embed.shape[1:3] == tuple(-(-side // 16) for side in cfg.crop_size)
+    family, arch = leaf.removesuffix('.py').split('_')[:2]
+    assert isinstance(backbone, BACKBONES[family]) and backbone.arch == arch
+    stride = dict(volo=16, hvt=8)[family]
+    assert backbone.pos_embed.shape[1:3] == tuple(-(-side // stride) for side in cfg.crop_size)
     if arch != 'tiny' and 'camvid' not in leaf:
         assert re.fullmatch(rf'timm://volo_{arch}_\d+\.sail_in1k', backbone.init_cfg['checkpoint'])
     assert list(model.decode_head.in_channels) == [cfg.model.neck.out_channels] * 4
@@ -138,7 +140,7 @@ def test_upstream_types_are_strings(leaf):
     types = upstream_types(load(leaf)._cfg_dict)
     assert len(types) > 20
     ours = [t for t in types if not isinstance(t, str)]
-    assert all(t.__module__.startswith('mmseg_volo') for t in ours) and VOLO in ours
+    assert all(t.__module__.startswith('mmseg_volo') for t in ours) and BACKBONES[leaf.split('_')[0]] in ours
 
 
 @pytest.mark.parametrize('leaf', LEAVES)
@@ -150,11 +152,14 @@ def test_test_setup_equals_validation(leaf):
     assert val == test and cfg.val_evaluator == cfg.test_evaluator
 
 
-@pytest.mark.parametrize('leaf', ['volo_d1_ade20k.py', 'volo_d5_ade20k_layer_decay.py', 'volo_tiny_camvid.py'])
+@pytest.mark.parametrize(
+    'leaf', ['volo_d1_ade20k.py', 'volo_d5_ade20k_layer_decay.py', 'volo_tiny_camvid.py', 'hvt_tiny_camvid.py']
+)
 def test_norms_and_position_embedding_are_not_decayed(leaf, tmp_path):
     cfg = load(leaf)
     cfg.model.backbone.update(arch='tiny', init_cfg=None)
-    cfg.model.neck.in_channels = [64, 128, 128, 128]
+    if leaf.startswith('volo'):
+        cfg.model.neck.in_channels = [64, 128, 128, 128]
     runner = Runner(cfg.model, work_dir=str(tmp_path), default_scope='mmseg', experiment_name=leaf + str(os.getpid()))
     wrapper = runner.build_optim_wrapper(cfg.optim_wrapper)
     decay = {id(p): group['weight_decay'] for group in wrapper.optimizer.param_groups for p in group['params']}
@@ -166,9 +171,9 @@ def test_norms_and_position_embedding_are_not_decayed(leaf, tmp_path):
         if isinstance(module, torch.nn.LayerNorm | torch.nn.modules.batchnorm._BatchNorm)
         for kind in ('weight', 'bias')
     }
-    assert 'backbone.patch_embed.conv.1.weight' in norms
+    assert {'backbone.patch_embed.conv.1.weight', 'backbone.blocks.0.norm1.weight'} & norms
     for name, parameter in names.items():
-        if name in norms or name == 'backbone.pos_embed':
+        if name in norms or name.endswith('pos_embed'):
             assert decay[id(parameter)] == 0, name
         elif name.endswith('.weight'):
             assert decay[id(parameter)] > 0, name

@@ -1,11 +1,8 @@
-import copy
 import re
 
 import pytest
 import timm
 import torch
-from mmengine.registry import init_default_scope
-from mmseg.registry import MODELS
 from parity import assert_close, error
 from torch import nn
 
@@ -91,54 +88,6 @@ def test_tiny_has_about_a_million_parameters():
     assert 0.8e6 < sum(p.numel() for p in VOLO('tiny').parameters()) < 1.2e6
 
 
-@pytest.mark.parametrize('size', [(1, 1), (16, 16), (17, 33), (64, 64), (67, 71), (100, 250), (1024, 2048)], ids=str)
-def test_any_size_gives_levels_rounded_up(size):
-    model = VOLO('tiny').eval()
-    with torch.inference_mode():
-        outputs = model(torch.randn(1, 3, *size))
-    for y, channels, stride in zip(outputs, model.out_channels, model.out_strides, strict=True):
-        assert tuple(y.shape) == (1, channels, -(-size[0] // stride), -(-size[1] // stride))
-        assert torch.isfinite(y).all()
-
-
-def test_padding_leaves_the_features_of_an_aligned_image_alone():
-    model = VOLO('tiny', img_size=64).eval()
-    image = torch.randn(1, 3, 64, 64)
-    padded = nn.functional.pad(image[..., :60, :60], (0, 4, 0, 4))
-    with torch.inference_mode():
-        for cropped, whole in zip(model(image[..., :60, :60]), model(padded), strict=True):
-            assert torch.equal(cropped, whole[..., : cropped.shape[-2], : cropped.shape[-1]])
-
-
-@pytest.mark.parametrize('out_indices', [(0,), (1,), (0, 2), (3,), (0, 1, 2, 3)], ids=str)
-def test_out_indices_choose_levels_and_describe_them(out_indices):
-    torch.manual_seed(0)
-    whole = VOLO('tiny').eval()
-    part = VOLO('tiny', out_indices=out_indices).eval()
-    part.load_state_dict({k: v for k, v in whole.state_dict().items() if k in part.state_dict()})
-    x = torch.randn(1, 3, 64, 48)
-    outputs, expected = part(x), whole(x)
-    assert len(outputs) == len(part.out_channels) == len(part.out_strides) == len(out_indices)
-    for y, i, channels, stride in zip(outputs, out_indices, part.out_channels, part.out_strides, strict=True):
-        assert torch.equal(y, expected[i])
-        assert y.shape[1] == channels and y.shape[2] == 64 // stride
-    sum(y.sum() for y in outputs).backward()
-    assert [name for name, p in part.named_parameters() if p.grad is None] == []
-
-
-def test_every_output_is_layer_normalised():
-    model = VOLO('tiny').eval()
-    for y in model(torch.randn(2, 3, 64, 64) * 50):
-        assert torch.allclose(y.mean(1), torch.zeros(()), atol=1e-5)
-        assert torch.allclose(y.var(1, unbiased=False), torch.ones(()), atol=1e-2)
-
-
-@pytest.mark.parametrize('in_channels', [1, 3, 4])
-def test_in_channels(in_channels):
-    outputs = VOLO('tiny', in_channels=in_channels)(torch.randn(2, in_channels, 32, 32))
-    assert len(outputs) == 4
-
-
 def test_arch_may_be_a_dict_of_numbers():
     model = VOLO(SMALL)
     assert model.out_channels == [32, 48, 48, 48]
@@ -159,30 +108,6 @@ def test_position_embedding_is_resized_once_per_grid():
     assert len(model._resized_pos_embed) <= 8
 
 
-@pytest.mark.parametrize('change', ['in place', 'through .data, as an EMA swap does', 'load_state_dict', 'dtype'])
-def test_a_changed_position_embedding_is_resized_anew(change):
-    model = VOLO('tiny', img_size=64).eval()
-    x = torch.randn(1, 3, 48, 80)
-    with torch.no_grad():
-        model(x)
-        new = torch.randn_like(model.pos_embed)
-        if change == 'in place':
-            model.pos_embed.copy_(new)
-        elif change == 'load_state_dict':
-            model.load_state_dict({**model.state_dict(), 'pos_embed': new})
-        elif change == 'dtype':
-            model.double()
-            model.pos_embed.copy_(new)
-            x = x.double()
-        else:
-            model.pos_embed.data.copy_(new)
-            model.eval()
-        fresh = VOLO('tiny', img_size=64).to(x.dtype).eval()
-        fresh.load_state_dict(model.state_dict())
-        for a, e in zip(model(x), fresh(x), strict=True):
-            assert torch.equal(a, e)
-
-
 def test_position_embedding_learns_at_other_sizes_too():
     model = VOLO('tiny', img_size=64)
     model.eval()(torch.randn(2, 3, 48, 80))  # must not fill a cache that training reads
@@ -191,37 +116,13 @@ def test_position_embedding_learns_at_other_sizes_too():
     assert model.pos_embed.grad.abs().sum() > 0
 
 
-def test_inference_mode_and_no_grad_do_not_share_tensors():
-    model = VOLO('tiny', img_size=64, frozen_stages=2)
-    model.eval()
-    x = torch.randn(1, 3, 48, 80)
-    with torch.inference_mode():
-        expected = [y.clone() for y in model(x)]
-    outputs = model(x)  # with a frozen position embedding the cache is used even while gradients are on
-    sum(y.sum() for y in outputs).backward()
-    for a, e in zip(outputs, expected, strict=True):
-        assert_close(a.detach(), e.double(), eager_error=1e-6)  # here BatchNorm is folded into convolutions
-
-
-def test_amp_gives_finite_maps_close_to_float32():
-    torch.manual_seed(0)
-    model = VOLO('tiny', img_size=64).eval()
-    x = torch.randn(1, 3, 48, 80)
-    with torch.no_grad():
-        exact = model(x)
-        with torch.autocast('cpu', torch.bfloat16):
-            mixed = model(x)
-    for a, e in zip(mixed, exact, strict=True):
-        assert (a.float() - e).abs().max() < 0.15 and torch.isfinite(a).all()
-
-
 # On a CPU, torch 2.11's Inductor fails on this model with a symbolic image size, so only aot_eager gets several sizes.
 @pytest.mark.parametrize(
     ('options', 'sizes'),
     [(dict(backend='aot_eager'), [(64, 64), (48, 80), (50, 33)]), (dict(dynamic=False), [(50, 33)])],
     ids=['aot_eager', 'inductor'],
 )
-def test_compiled_equals_eager_in_maps_and_gradients(options, sizes):
+def test_compiled_with_symbolic_sizes_or_inductor_equals_eager(options, sizes):
     torch.manual_seed(0)
     torch._dynamo.reset()
     model = VOLO(SMALL, img_size=64, norm_eval=True).train()
@@ -249,42 +150,6 @@ def test_drop_path_ramps_over_all_blocks_but_skips_stage_one():
     assert rates[1] + rates[2] + rates[3] == pytest.approx([0.01 * i for i in range(4, 18)])
 
 
-@pytest.mark.parametrize('knob', ['drop_path_rate', 'drop_rate', 'attn_drop_rate'])
-def test_dropout_acts_in_training_only(knob):
-    torch.manual_seed(0)
-    model = VOLO('tiny', norm_eval=True, **{knob: 0.5})
-    x = torch.randn(2, 3, 64, 64)
-    model.train()
-    assert not torch.equal(model(x)[3], model(x)[3])
-    model.eval()
-    assert torch.equal(model(x)[3], model(x)[3])
-
-
-@pytest.mark.parametrize('frozen_stages', [-1, 0, 1, 2, 3, 4])
-def test_frozen_stages_stand_still(frozen_stages):
-    model = VOLO('tiny', frozen_stages=frozen_stages, drop_rate=0.1).train()
-    sum(y.sum() for y in model(torch.randn(2, 3, 64, 64))).backward()
-    frozen = ['patch_embed'] if frozen_stages >= 0 else []
-    frozen += {1: ['network.0', 'network.1'], 2: ['network.2', 'pos_embed'], 3: ['network.3'], 4: ['network.4']}.get(
-        frozen_stages, []
-    )
-    for name, parameter in model.named_parameters():
-        last = 1 if name.startswith(('network.0', 'network.1')) else int(name[8]) if name.startswith('network') else 5
-        last = {'patch_embed': 0, 'pos_embed': 2}.get(name.split('.')[0], last)
-        assert (parameter.grad is None) == (last <= frozen_stages), name
-    assert model.patch_embed.conv[1].training == (frozen_stages < 0)
-    for prefix in frozen:
-        assert not any(p.requires_grad for n, p in model.named_parameters() if n.startswith(prefix))
-
-
-def test_norm_eval_keeps_the_running_statistics():
-    for norm_eval in (False, True):
-        model = VOLO('tiny', norm_eval=norm_eval).train()
-        before = copy.deepcopy(model.patch_embed.conv[1].running_mean)
-        model(torch.randn(2, 3, 32, 32))
-        assert torch.equal(before, model.patch_embed.conv[1].running_mean) == norm_eval
-
-
 def kept_bytes(model: nn.Module, x: torch.Tensor) -> tuple[int, tuple[torch.Tensor, ...]]:
     """Bytes that a forward pass keeps for the backward pass, and its feature maps."""
     with LiveMemory() as memory:
@@ -297,17 +162,14 @@ def gradients(model: nn.Module, outputs: tuple[torch.Tensor, ...]) -> dict[str, 
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize(
-    ('knob', 'share'), [(dict(with_cp=True), 0.5), (dict(recompute_activations=True), 0.8)], ids=['cp', 'recompute']
-)
-def test_recomputing_changes_memory_not_numbers(knob, share):
+def test_recomputing_changes_memory_not_numbers():
     torch.manual_seed(0)
     plain = VOLO('tiny', recompute_activations=False).double().train()
-    lean = VOLO('tiny', **{'recompute_activations': False, **knob}).double().train()
+    lean = VOLO('tiny', recompute_activations=True).double().train()
     lean.load_state_dict(plain.state_dict())
     x = torch.randn(2, 3, 64, 96, dtype=torch.float64)
     (stored, expected), (kept, outputs) = kept_bytes(plain, x), kept_bytes(lean, x)
-    assert kept < share * stored
+    assert kept < 0.8 * stored
     for a, e in zip(outputs, expected, strict=True):
         assert_close(a.detach(), e.detach())
     expected, actual = gradients(plain, expected), gradients(lean, outputs)
@@ -477,12 +339,6 @@ def test_every_block_sees_contiguous_tokens(size):
     assert [y.shape[1] for y in outputs] == model.out_channels
 
 
-def test_volo_is_registered_in_mmseg():
-    init_default_scope('mmseg')
-    model = MODELS.build(dict(type='VOLO', arch='tiny', out_indices=[1, 3]))
-    assert isinstance(model, VOLO) and model.out_indices == (1, 3)
-
-
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
@@ -490,10 +346,6 @@ def test_volo_is_registered_in_mmseg():
         (dict(arch=dict(layers=(1, 1, 1, 1))), 'must have exactly the keys'),
         (dict(arch={**ARCHITECTURES['tiny'], 'layers': (1, 2)}), 'needs 4 layers'),
         (dict(arch={**ARCHITECTURES['tiny'], 'num_heads': (3, 4)}), 'multiples of num_heads'),
-        (dict(arch='tiny', out_indices=(0, 4)), r'out_indices .* got \(0, 4\)'),
-        (dict(arch='tiny', out_indices=()), 'out_indices'),
-        (dict(arch='tiny', out_indices=(2, 1)), 'ascending'),
-        (dict(arch='tiny', frozen_stages=5), 'frozen_stages must be between -1 and 4, got 5'),
     ],
 )
 def test_wrong_arguments_are_one_sentence(arguments, message):

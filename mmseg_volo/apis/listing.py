@@ -2,6 +2,7 @@
 
 import warnings
 from fnmatch import fnmatch
+from importlib.util import find_spec
 
 import torch
 from mmengine.config import Config
@@ -26,9 +27,12 @@ def list_configs(pattern: str = '*') -> None:
     Raises:
         UserError: no name matches.
     """
-    chosen = {
-        name: path for name, path in sorted(shipped_configs().items()) if fnmatch(name, pattern) or pattern in name
+    usable = {
+        name: path
+        for name, path in sorted(shipped_configs().items())
+        if path.parent.name != 'pretrain' or find_spec('mmpretrain') is not None
     }
+    chosen = {name: path for name, path in usable.items() if fnmatch(name, pattern) or pattern in name}
     if not chosen:
         raise UserError(f'no shipped config matches {pattern!r}; mmseg-volo configs lists all of them')
     table = PrettyTable(['name', 'backbone', 'head', 'data set', 'parameters, M'], align='l')
@@ -36,11 +40,11 @@ def list_configs(pattern: str = '*') -> None:
     init_default_scope('mmseg')
     for name, path in tqdm(chosen.items(), desc='configs', leave=False, disable=None):
         cfg = Config.fromfile(path)
-        backbone, head = cfg.model.backbone, cfg.model.decode_head
+        backbone, head = cfg.model.backbone, cfg.model.get('decode_head')
         dataset = type_name(data_sets(cfg.train_dataloader.dataset)[0]).removesuffix('Dataset')
-        parameters = sum(p.numel() for p in _built(cfg.model).parameters()) / 1e6
+        parameters = sum(p.numel() for p in _built(cfg.model if head else backbone).parameters()) / 1e6
         variant = backbone.get('arch') or backbone.get('model_name') or ''
-        row = [f'{type_name(backbone)} {variant}'.strip(), type_name(head), dataset]
+        row = [f'{type_name(backbone)} {variant}'.strip(), type_name(head) if head else '-', dataset]
         table.add_row([name, *row, f'{parameters:.1f}'])
     print(table)
 

@@ -58,15 +58,25 @@ def train(
     """
     cfg = load_config(config, cfg_options or {})
     join_processes(cfg, launcher)
+    set_options(cfg, config, amp, auto_scale_lr)
+    _check_batch(cfg)
+    check_data(cfg, ('train', 'val') if cfg.get('val_dataloader') else ('train',))
+    set_work_dir(cfg, config, work_dir)
+    return run_training(cfg, resume, seed, deterministic, verbose)
+
+
+def set_options(cfg: Config, name: str, amp: bool, auto_scale_lr: bool) -> None:
+    """Set mixed precision and the scaling of the learning rate; raises ``UserError`` if ``cfg`` does not allow them."""
     if amp:
         _enable_amp(cfg)
     if auto_scale_lr:
         if 'auto_scale_lr' not in cfg:
-            raise UserError(f'--auto-scale-lr requires auto_scale_lr=dict(base_batch_size=...) in {config}')
+            raise UserError(f'--auto-scale-lr requires auto_scale_lr=dict(base_batch_size=...) in {name}')
         cfg.auto_scale_lr.enable = True
-    _check_batch(cfg)
-    check_data(cfg, ('train', 'val') if cfg.get('val_dataloader') else ('train',))
-    set_work_dir(cfg, config, work_dir)
+
+
+def run_training(cfg: Config, resume: str | None, seed: int | None, deterministic: bool, verbose: bool) -> Runner:
+    """Train the model of a checked config in ``cfg.work_dir``; see ``train``."""
     cfg.resume = resume is not None
     kept_seed = _find_start(cfg, resume)
     _set_randomness(cfg, kept_seed if seed is None else seed, deterministic)

@@ -13,6 +13,8 @@ from .._files import file_sha256
 from ..errors import UserError
 from .wording import first_sentence
 
+FAMILIES = {'volo_': 'VOLO', 'coatnet_': 'CoAtNet'}  # by the start of timm's names
+
 
 def local_copy(source: str) -> str:
     """Path of ``source`` on this machine, downloaded into torch's or huggingface_hub's cache where needed.
@@ -61,11 +63,13 @@ def _from_timm(name: str) -> str:
     from huggingface_hub import hf_hub_download
 
     try:
-        cfg = get_pretrained_cfg(name) if name.startswith('volo_') else None
+        cfg = get_pretrained_cfg(name) if name.startswith(tuple(FAMILIES)) else None
     except RuntimeError:  # the model is known, the tag is not
         cfg = None
     if cfg is None or not cfg.hf_hub_id:
-        raise UserError(f'timm has no VOLO weights named {name!r}; it has {", ".join(list_pretrained("volo_*"))}')
+        prefix = next((prefix for prefix in FAMILIES if name.startswith(prefix)), 'volo_')
+        known = ', '.join(list_pretrained(f'{prefix}*'))
+        raise UserError(f'timm has no {FAMILIES[prefix]} weights named {name!r}; it has {known}')
     repo = cfg.hf_hub_id if not cfg.hf_hub_id.endswith('/') else f'{cfg.hf_hub_id}{cfg.architecture}.{cfg.tag}'
     try:
         return hf_hub_download(repo, 'model.safetensors')

@@ -26,6 +26,14 @@ def read_checkpoint(source: str, map_location: MapLocation = 'cpu') -> dict:
     Raises:
         UserError: missing, damaged, unreachable, or contains more than tensors and plain data.
     """
+    contents = read_plain_data(source, map_location)
+    if not isinstance(contents, Mapping):
+        raise UserError(f'{source} contains a {type(contents).__name__}, not a state dict')
+    return dict(contents)
+
+
+def read_plain_data(source: str, map_location: MapLocation = 'cpu') -> object:
+    """Read what ``torch.save`` or safetensors wrote, such as a single tensor; see ``read_checkpoint``."""
     try:
         path = Path(local_copy(str(source))).expanduser()
         found = path.is_file()
@@ -59,9 +67,7 @@ def read_checkpoint(source: str, map_location: MapLocation = 'cpu') -> dict:
         ) from None
     except Exception as error:  # torch and safetensors raise a dozen kinds for a damaged file
         raise UserError(f'{name} is not a checkpoint or is damaged ({first_sentence(error)})') from None
-    if not isinstance(contents, Mapping):
-        raise UserError(f'{source} contains a {type(contents).__name__}, not a state dict')
-    return dict(contents)
+    return contents
 
 
 def _ends_within(path: Path, blamed: str) -> bool:

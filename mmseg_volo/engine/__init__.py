@@ -1,6 +1,6 @@
 """Hooks, samplers, wrappers and constructors for mmengine's training loop."""
 
-from .layer_decay import VOLOLayerDecayConstructor
+from .layer_decay import BackboneLayerDecayConstructor, VOLOLayerDecayConstructor
 from .memory import CPUMemoryHook
 from .parallel import CPUDataParallel, ShardedRunner
 from .pictures import SideBySideHook, ValidationPicturesHook
@@ -8,6 +8,7 @@ from .reproducible import BeginSample, IterationSeedHook, StreamSampler
 from .safeguards import NonFiniteLossHook, OneClassWarningHook
 
 __all__ = [
+    'BackboneLayerDecayConstructor',
     'BeginSample',
     'CPUDataParallel',
     'CPUMemoryHook',

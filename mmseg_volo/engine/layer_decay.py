@@ -1,6 +1,4 @@
-"""Layer-wise learning-rate decay for VOLO."""
-
-import re
+"""Layer-wise learning-rate decay for the backbones of this package."""
 
 from mmengine.dist import is_main_process
 from mmengine.logging import print_log
@@ -10,16 +8,17 @@ from prettytable import PrettyTable
 from torch import nn
 
 from ..errors import UserError
-from ..models.volo import DOWNSAMPLE, VOLO
+from ..models.backbone import Backbone
 
 
-@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
-class VOLOLayerDecayConstructor(DefaultOptimWrapperConstructor):
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module(name=['BackboneLayerDecayConstructor', 'VOLOLayerDecayConstructor'])
+class BackboneLayerDecayConstructor(DefaultOptimWrapperConstructor):
     """Optimizer constructor with learning rates that shrink by ``decay_rate`` per block from the head to the stem.
 
-    BEiT's rule (https://arxiv.org/abs/2106.08254) for VOLO's blocks, counted through all four stages: layer 0 is the
-    stem, layer i is the i-th block, and the last layer comprises neck, heads and output norms. The position embedding
-    and the downsampling belong to the block that follows them. Norms, biases and ``pos_embed`` have no weight decay.
+    BEiT's rule (https://arxiv.org/abs/2106.08254) for blocks, counted through all stages: layer 0 is the stem, layer i
+    is the i-th block, and the last layer comprises neck, heads and output norms. VOLO's position embedding and
+    downsampling belong to the block that follows them. Norms, biases, position embeddings and what computes a
+    relative bias have no weight decay. Configs may also call it ``VOLOLayerDecayConstructor``, its first name.
 
     Args:
         paramwise_cfg: ``dict(decay_rate=...)``, between 0 and 1.
@@ -30,27 +29,32 @@ class VOLOLayerDecayConstructor(DefaultOptimWrapperConstructor):
         rate = self.paramwise_cfg.get('decay_rate')
         if set(self.paramwise_cfg) != {'decay_rate'} or not isinstance(rate, (int, float)) or not 0 < rate <= 1:
             raise UserError(
-                'VOLOLayerDecayConstructor requires paramwise_cfg=dict(decay_rate=...) with a rate above 0 and at most '
-                f'1, got {self.paramwise_cfg}'
+                'BackboneLayerDecayConstructor requires paramwise_cfg=dict(decay_rate=...) with a rate above 0 and at '
+                f'most 1, got {self.paramwise_cfg}'
             )
         if self.base_lr is None or self.base_wd is None:
-            raise UserError(f'VOLOLayerDecayConstructor needs lr and weight_decay, got optimizer={self.optimizer_cfg}')
+            raise UserError(
+                f'BackboneLayerDecayConstructor needs lr and weight_decay, got optimizer={self.optimizer_cfg}'
+            )
         return super().__call__(model)
 
     def add_params(self, params: list[dict], module: nn.Module, **kwargs) -> None:
         """Append one group per layer, with and without weight decay, to ``params``, and log a table of them."""
         backbone = getattr(module, 'backbone', None)
-        if not isinstance(backbone, VOLO):
-            raise UserError(f'VOLOLayerDecayConstructor needs a VOLO backbone, got {type(module).__name__}')
+        if not isinstance(backbone, Backbone):
+            found = type(module if backbone is None else backbone).__name__
+            raise UserError(f'BackboneLayerDecayConstructor needs a backbone of mmseg_volo, got {found}')
         rate = self.paramwise_cfg['decay_rate']
-        blocks = [len(list(stage.children())) for i, stage in enumerate(backbone.network) if i != DOWNSAMPLE]
-        last = sum(blocks) + 1
+        layers = backbone.layers()
+        last = len(layers)
+        layer_of = {id(p): i for i, parts in enumerate(layers) for part in parts for p in _parameters(part)}
+        undecayed = {id(p) for name, p in backbone.named_parameters() if backbone.undecayed.fullmatch(name)}
         groups: dict[tuple[int, bool], dict] = {}
-        for name, parameter in module.named_parameters():
+        for parameter in module.parameters():
             if not parameter.requires_grad:
                 continue
-            layer = layer_of(name, blocks)
-            decayed = parameter.ndim > 1 and not name.endswith('pos_embed')
+            layer = layer_of.get(id(parameter), last)
+            decayed = parameter.ndim > 1 and id(parameter) not in undecayed
             scale = rate ** (last - layer)
             group = groups.setdefault(
                 (layer, decayed),
@@ -68,14 +72,8 @@ class VOLOLayerDecayConstructor(DefaultOptimWrapperConstructor):
             print_log(f'layer-wise learning-rate decay {rate}; tensors per layer:\n{table}', 'current')
 
 
-def layer_of(name: str, blocks: list[int]) -> int:
-    """Layer number of a segmentor's parameter, where stage i has ``blocks[i]`` blocks."""
-    if name.startswith('backbone.patch_embed.'):
-        return 0
-    if name == 'backbone.pos_embed' or name.startswith(f'backbone.network.{DOWNSAMPLE}.'):
-        return blocks[0] + 1
-    block = re.match(r'backbone\.network\.(\d+)\.(\d+)\.', name)
-    if block:
-        stage = max(int(block[1]) - 1, 0)
-        return sum(blocks[:stage]) + int(block[2]) + 1
-    return sum(blocks) + 1
+VOLOLayerDecayConstructor = BackboneLayerDecayConstructor
+
+
+def _parameters(part: nn.Module | nn.Parameter) -> list[nn.Parameter]:
+    return list(part.parameters()) if isinstance(part, nn.Module) else [part]

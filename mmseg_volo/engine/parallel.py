@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from ..errors import UserError
-from ..models.volo import Outlooker, Transformer
+from ..models.backbone import Backbone
 
 
 class CPUSyncBatchNorm(_BatchNorm):
@@ -80,7 +80,8 @@ class ShardedRunner(Runner):
         if get_device() == 'cpu':
             _synchronise_on_cpu(model)
         mesh = init_device_mesh(get_device(), (get_world_size(),))
-        blocks = [module for module in model.modules() if isinstance(module, Outlooker | Transformer)]
+        backbones = [module for module in model.modules() if isinstance(module, Backbone)]
+        blocks = [layer[-1] for backbone in backbones for layer in backbone.layers()[1:]]
         for module in (*blocks, model):
             # Weights stay whole during a step: larger images are validated in more passes than smaller ones, and a
             # process that gathers weights once more than the others would wait forever.

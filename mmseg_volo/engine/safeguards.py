@@ -69,7 +69,7 @@ class NonFiniteLossHook(Hook):
         rate = runner.optim_wrapper.get_lr()['lr'][0]
         files = [sample.img_path for sample in data_batch['data_samples']]
         path = Path(runner.work_dir) / f'non_finite_iter_{number}_rank_{runner.rank}.pth'
-        labels = [sample.gt_sem_seg.data for sample in data_batch['data_samples']]
+        labels = [sample.gt_sem_seg.data for sample in data_batch['data_samples'] if 'gt_sem_seg' in sample]
         with whole(path) as partial:
             torch.save(dict(inputs=list(data_batch['inputs']), labels=labels, files=files), partial)
         sentence = (

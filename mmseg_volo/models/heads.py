@@ -22,7 +22,7 @@ from ..ops import resized_conv
 from ..ops.norm_relu import norm_relu, recipe_of, recomputed, set_recipe
 from ..ops.plain import is_plain
 from ..ops.pooling import adaptive_avg_pool
-from .classifier import FullSizeClassifier
+from .pixel_classifier import FullSizeClassifier
 
 FOLDED = 2**21  # elements of an output from which merging its BatchNorm into the weight takes less time
 

@@ -1,6 +1,7 @@
 """Load checkpoints into models, strictly: no tensor may be missing, unexpected or of another shape."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,11 @@ from ..checkpoints.wording import some
 from ..errors import UserError
 
 
+def grid_of_map(tensor: Tensor) -> tuple[int, int] | None:
+    """Grid of a map ``[1, h, w, C]``."""
+    return (tensor.shape[1], tensor.shape[2]) if tensor.dim() == 4 and tensor.numel() else None
+
+
 @dataclass(frozen=True)
 class PretrainedFormat:
     """How the ImageNet checkpoints of one architecture differ from its backbone.
@@ -27,7 +33,9 @@ class PretrainedFormat:
         new: names of the tensors that a classifier lacks, all of which may be missing together.
         unbuilt: whether the tensor of a name belongs to a stage after the given one, the last that is built.
         recognise: name of the variant whose tensors a state dict contains, or None.
-        resize: functions by name of a ``[1, h, w, C]`` tensor, from the tensor and ``(h, w)`` to the resized tensor.
+        resize: functions by the last part of the name of a tensor that depends on the grid of tokens, from the tensor
+            and ``(h, w)`` to the backbone's tensor for this grid.
+        grid: grid ``(h, w)`` of a tensor that ``resize`` names, or None if it has another form.
     """
 
     name: str
@@ -37,6 +45,7 @@ class PretrainedFormat:
     unbuilt: Callable[[str, int], bool]
     recognise: Callable[[Mapping[str, Tensor]], str | None]
     resize: Mapping[str, Callable[[Tensor, tuple[int, int]], Tensor]] = field(default_factory=dict)
+    grid: Callable[[Tensor], tuple[int, int] | None] = grid_of_map
 
 
 def pretrained_checkpoint(init_cfg: dict | list[dict] | None) -> str | None:
@@ -70,18 +79,11 @@ def load_pretrained(model: Any, source: str, form: PretrainedFormat) -> None:
     """
     state = backbone_tensors(read_checkpoint(source), source)
     own = model.state_dict()
-    kept = {key: tensor for key, tensor in state.items() if not form.classifier.fullmatch(key)}
-    variant = form.recognise(kept)
-    kept = {key: tensor for key, tensor in kept.items() if not form.unbuilt(key, model.out_indices[-1])}
+    whole = {key: tensor for key, tensor in state.items() if not form.classifier.fullmatch(key)}
+    kept = {key: tensor for key, tensor in whole.items() if not form.unbuilt(key, model.out_indices[-1])}
     dropped, state = len(state) - len(kept), kept
 
-    changes = []
-    for key, resize in form.resize.items():
-        if key in own and key in state and state[key].dim() == 4 and state[key].numel():
-            old, size = state[key].shape[1:3], own[key].shape[1:3]
-            if old != size:
-                state[key] = resize(state[key], tuple(size))
-                changes.append(f'{key} resized from {old[0]}x{old[1]} to {size[0]}x{size[1]}')
+    changes = _resize(state, own, form)
     stem = state.get(form.stem)
     if stem is not None and stem.dim() == 4 and stem.shape[1] == 3 != own[form.stem].shape[1]:
         state[form.stem] = adapt_input_conv(own[form.stem].shape[1], stem)
@@ -90,8 +92,9 @@ def load_pretrained(model: Any, source: str, form: PretrainedFormat) -> None:
     new = {key for key in own if form.new.fullmatch(key)}
     if not new.isdisjoint(state):
         new = set()
-    problems = _differences(own, state, allowed_missing=new)
+    problems = differences(own, state, allowed_missing=new)
     if problems:
+        variant = form.recognise(whole)
         whose = f', it is {form.name} arch={variant!r}' if variant not in (None, model.arch) else ''
         raise UserError(f'{source} does not fit {form.name} arch={model.arch!r}{whose}: ' + '; '.join(problems))
 
@@ -106,6 +109,22 @@ def load_pretrained(model: Any, source: str, form: PretrainedFormat) -> None:
     )
 
 
+def _resize(state: dict[str, Tensor], own: Mapping[str, Tensor], form: PretrainedFormat) -> list[str]:
+    """Fit the tensors of ``state`` that depend on the grid to the backbone's, and say what changed."""
+    found: Counter[tuple] = Counter()
+    for key in state.keys() & own.keys():
+        name = key.split('.')[-1]
+        old, new = (form.grid(tensor[key]) if name in form.resize else None for tensor in (state, own))
+        if old and new and (old != new or state[key].dim() != own[key].dim()):
+            state[key] = form.resize[name](state[key], new)
+            found[name, old, new] += old != new
+    return [
+        f'{f"{count} " if count > 1 else ""}{name} resized from {old[0]}x{old[1]} to {new[0]}x{new[1]}'
+        for (name, old, new), count in sorted(found.items())
+        if count
+    ]
+
+
 def load_segmentor(model: nn.Module, source: str) -> dict:
     """Load a whole segmentor's checkpoint and return its ``meta`` (classes, palette, config).
 
@@ -115,14 +134,15 @@ def load_segmentor(model: nn.Module, source: str) -> dict:
     contents = read_checkpoint(source)
     state = state_tensors(contents['state_dict'] if isinstance(contents.get('state_dict'), Mapping) else contents)
     own = model.state_dict()
-    problems = _differences(own, state)
+    problems = differences(own, state)
     if problems:
         raise UserError(f'{source} does not fit the model of this config: ' + '; '.join(problems))
     model.load_state_dict(state)
     return contents.get('meta', {})
 
 
-def _differences(own: Mapping, state: Mapping, allowed_missing: frozenset[str] | set[str] = frozenset()) -> list[str]:
+def differences(own: Mapping, state: Mapping, allowed_missing: frozenset[str] | set[str] = frozenset()) -> list[str]:
+    """What keeps ``state`` from fitting the state dict ``own``: missing, unexpected and misshapen tensors in words."""
     missing = [key for key in own if key not in state and key not in allowed_missing]
     unexpected = [key for key in state if key not in own]
     shapes = [

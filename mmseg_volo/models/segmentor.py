@@ -13,7 +13,7 @@ from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .volo import are_positive
+from .backbone import are_positive
 
 ROWS = 64  # rows of the label map that are computed at a time
 WINDOWS_ON_A_GPU, WINDOWS_ON_A_CPU = 8, 1  # per batch; one window keeps a CPU busy

@@ -7,24 +7,21 @@ of tokens.
 
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mmengine.model import BaseModule
 from mmseg.registry import MODELS
 from timm.layers import DropPath, Mlp, trunc_normal_
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
-from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
 from ..ops import outlook_attention
 from ..ops.products import call_linear
 from ..ops.recompute import norm_linear, norm_linear_pool, norm_mlp
-from .pretrained import PretrainedFormat, load_pretrained, pretrained_checkpoint
+from .backbone import Backbone, ResizedPerGrid, add, are_positive, ceil_div, drop_path_rates, init_linear, sides
+from .pretrained import PretrainedFormat
 
 # Architecture settings; embed_dims and num_heads are (stage 1, stages 2 to 4). d1 to d5 follow the authors' repository,
 # sail-sg/volo; tiny is ours.
@@ -38,7 +35,6 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 STRIDES = (8, 16, 16, 16)
 DOWNSAMPLE = 1  # index in ``network``; the four stages have the indices 0, 2, 3 and 4
-MAX_CACHED_GRIDS = 8  # multi-scale testing uses 5 or 6 scales; on ADE20K, sizes of whole images rarely repeat
 
 
 class OutlookAttention(nn.Module):
@@ -71,10 +67,10 @@ class OutlookAttention(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention over all tokens."""
 
-    def __init__(self, dim: int, num_heads: int, attn_drop: float = 0.0):
+    def __init__(self, dim: int, num_heads: int, attn_drop: float = 0.0, qkv_bias: bool = False):
         super().__init__()
         self.num_heads, self.attn_drop = num_heads, attn_drop
-        self.qkv = nn.Linear(dim, dim * 3, bias=False)
+        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, norm: nn.Module, recompute: bool = False) -> Tensor:
@@ -93,11 +89,11 @@ class Attention(nn.Module):
 class _Block(nn.Module):
     """Pre-norm residual block: ``attn`` mixes tokens, and an MLP mixes channels."""
 
-    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop_path: float = 0.0):
+    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop_path: float = 0.0, norm_eps: float = 1e-5):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = attn
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.recompute = False
@@ -105,10 +101,10 @@ class _Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens ``[B, h, w, C]`` to the same shape."""
         recompute = self.recompute and not torch.compiler.is_compiling()  # Inductor decides what to store
-        x = _add(x, self.drop_path(self.attn(x, self.norm1, recompute)))
+        x = add(x, self.drop_path(self.attn(x, self.norm1, recompute)))
         if recompute:
-            return _add(x, self.drop_path(norm_mlp(x, self.norm2, self.mlp)))
-        return _add(x, self.drop_path(self.mlp(self.norm2(x))))
+            return add(x, self.drop_path(norm_mlp(x, self.norm2, self.mlp)))
+        return add(x, self.drop_path(self.mlp(self.norm2(x))))
 
 
 class Outlooker(_Block):
@@ -119,10 +115,19 @@ class Outlooker(_Block):
 
 
 class Transformer(_Block):
-    """Block of stages 2 to 4."""
+    """Block of stages 2 to 4, and of HVT."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, attn_drop: float, drop_path: float):
-        super().__init__(dim, Attention(dim, num_heads, attn_drop), mlp_ratio, drop_path)
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        attn_drop: float,
+        drop_path: float,
+        qkv_bias: bool = False,
+        norm_eps: float = 1e-5,
+    ):
+        super().__init__(dim, Attention(dim, num_heads, attn_drop, qkv_bias), mlp_ratio, drop_path, norm_eps)
 
 
 class PatchEmbed(nn.Module):
@@ -166,7 +171,7 @@ class Downsample(nn.Module):
 
 
 @MODELS.register_module()
-class VOLO(BaseModule):
+class VOLO(Backbone):
     """Vision Outlooker backbone: one map per stage, for images of any size.
 
     Paper: https://arxiv.org/abs/2106.13112. ``out_channels`` and ``out_strides`` describe the returned maps.
@@ -212,42 +217,31 @@ class VOLO(BaseModule):
         residual_in_fp32: bool = True,
         init_cfg: dict | list[dict] | None = None,
     ):
-        super().__init__(init_cfg)
-        self.arch = arch if isinstance(arch, str) else 'custom'
         settings = architecture_settings(arch)
         layers, heads, mlp_ratio = settings['layers'], settings['num_heads'], settings['mlp_ratio']
         widths = (settings['embed_dims'][0], *(settings['embed_dims'][1],) * 3)
-
-        if not are_positive((img_size, img_size) if isinstance(img_size, int) else img_size, 2):
-            raise UserError(f'img_size must be a side or (height, width) in pixels, got {img_size!r}')
-        for name, rate in dict(
-            drop_path_rate=drop_path_rate, drop_rate=drop_rate, attn_drop_rate=attn_drop_rate
-        ).items():
-            if not isinstance(rate, int | float) or not 0 <= rate <= 1:
-                raise UserError(f'{name} must be a number from 0 to 1, got {rate!r}')
-        if (
-            not isinstance(out_indices, Sequence)
-            or not out_indices
-            or any(i not in range(4) for i in out_indices)
-            or list(out_indices) != sorted(set(out_indices))
-        ):
-            raise UserError(f'out_indices must be ascending numbers from 0 to 3, got {out_indices!r}')
-        if frozen_stages not in range(-1, 5):
-            raise UserError(f'frozen_stages must be between -1 and 4, got {frozen_stages}')
-        self.out_indices = tuple(out_indices)
-        self.out_channels = [widths[i] for i in out_indices]
-        self.out_strides = [STRIDES[i] for i in out_indices]
-        self.frozen_stages, self.norm_eval, self.with_cp = frozen_stages, norm_eval, with_cp
+        height, width = sides(img_size)
+        super().__init__(
+            PRETRAINED,
+            arch=arch,
+            channels=widths,
+            strides=STRIDES,
+            out_indices=out_indices,
+            rates=dict(drop_path_rate=drop_path_rate, drop_rate=drop_rate, attn_drop_rate=attn_drop_rate),
+            frozen_stages=frozen_stages,
+            norm_eval=norm_eval,
+            with_cp=with_cp,
+            init_cfg=init_cfg,
+        )
         self.residual_in_fp32 = residual_in_fp32
 
         self.patch_embed = PatchEmbed(in_channels, settings['stem_channels'], widths[0])
         self.network = nn.ModuleList(
             [nn.Sequential(*[Outlooker(widths[0], heads[0], mlp_ratio) for _ in range(layers[0])])]
         )
-        ramp = [drop_path_rate * i / (sum(layers) - 1) for i in range(sum(layers))]
+        ramp = drop_path_rates(drop_path_rate, sum(layers))
         if out_indices[-1] > 0:
-            height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-            self.pos_embed = nn.Parameter(torch.zeros(1, _ceil_div(height, 16), _ceil_div(width, 16), widths[1]))
+            self.pos_embed = nn.Parameter(torch.zeros(1, ceil_div(height, 16), ceil_div(width, 16), widths[1]))
             self.pos_drop = nn.Dropout(drop_rate)
             self.network.append(Downsample(widths[0], widths[1]))
         for stage in range(1, out_indices[-1] + 1):
@@ -263,19 +257,19 @@ class VOLO(BaseModule):
         for i in out_indices:  # pre-norm blocks do not normalise the residual stream
             self.add_module(f'norm{i}', nn.LayerNorm(widths[i]))
 
-        self._resized_pos_embed: dict[tuple, Tensor] = {}
-        self.apply(_init_linear)
+        self._resized_pos_embed = ResizedPerGrid(resize_pos_embed)
+        self.apply(init_linear)
         if out_indices[-1] > 0:
             trunc_normal_(self.pos_embed, std=0.02)
-        self._freeze()
+        self.freeze()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Map images ``[B, in_channels, H, W]`` to maps ``[B, C, ceil(H / s), ceil(W / s)]``, one per stride s."""
         H, W = x.shape[-2:]
         if torch.compiler.is_compiling() or H % 16 or W % 16:  # no branch on a symbolic size
             # Outlook pooling rounds up and convolutions round down, so that only multiples of 16 suit both.
-            x = F.pad(x, (0, _ceil_div(W, 16) * 16 - W, 0, _ceil_div(H, 16) * 16 - H))
-        x = self._maybe_checkpointed(self.patch_embed, x)
+            x = F.pad(x, (0, ceil_div(W, 16) * 16 - W, 0, ceil_div(H, 16) * 16 - H))
+        x = self.maybe_checkpointed(self.patch_embed, x)
         outputs = []
         for i, module in enumerate(self.network):
             if i == DOWNSAMPLE:
@@ -284,70 +278,35 @@ class VOLO(BaseModule):
                 x = self.pos_drop(x + (pos_embed if self.residual_in_fp32 else pos_embed.to(x.dtype)))
                 continue
             for block in module.children():
-                x = self._maybe_checkpointed(block, x)
+                x = self.maybe_checkpointed(block, x)
             stage = max(i - 1, 0)
             if stage in self.out_indices:
-                y = getattr(self, f'norm{stage}')(x)[:, : _ceil_div(H, STRIDES[stage]), : _ceil_div(W, STRIDES[stage])]
+                y = getattr(self, f'norm{stage}')(x)[:, : ceil_div(H, STRIDES[stage]), : ceil_div(W, STRIDES[stage])]
                 outputs.append(y.permute(0, 3, 1, 2))
         return tuple(outputs)
 
-    def _maybe_checkpointed(self, module: nn.Module, x: Tensor) -> Tensor:
-        if not self.with_cp or not torch.is_grad_enabled():
-            return module(x)
-        if torch.compiler.is_compiling():
-            return checkpoint(module, x, use_reentrant=False)
-        contexts = nullcontext(), _RunningStatisticsKept(module)
-        return checkpoint(module, x, use_reentrant=False, context_fn=lambda: contexts)
+    def parts_of_stage(self, n: int) -> list[nn.Module | nn.Parameter]:
+        """Parts that ``frozen_stages`` freezes: the stem, then the stages; the position embedding is in stage 2."""
+        if n == 0:
+            return [self.patch_embed]
+        parts: list[nn.Module | nn.Parameter] = list(self.network[n if n > 1 else 0 : n + 1])
+        return parts + [self.pos_embed] if n == 2 and hasattr(self, 'pos_embed') else parts
+
+    def layers(self) -> list[list[nn.Module | nn.Parameter]]:
+        """The stem, then the blocks; the downsampling and the position embedding belong to the block after them."""
+        found: list[list[nn.Module | nn.Parameter]] = [[self.patch_embed]]
+        for i, module in enumerate(self.network):
+            if i != DOWNSAMPLE:
+                found += [[block] for block in module.children()]
+        if len(self.network) > DOWNSAMPLE:
+            found[len(list(self.network[0].children())) + 1][:0] = [self.network[DOWNSAMPLE], self.pos_embed]
+        return found
 
     def _pos_embed_for(self, h: int, w: int) -> Tensor:
-        """Position embedding for h x w tokens, resized once per grid unless it is trained."""
+        """Position embedding for h x w tokens."""
         if self.pos_embed.shape[1:3] == (h, w):
             return self.pos_embed
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and self.pos_embed.requires_grad):
-            return resize_pos_embed(self.pos_embed, (h, w))
-        key = (h, w, self.pos_embed._version, torch.is_inference_mode_enabled())
-        if key not in self._resized_pos_embed:
-            while len(self._resized_pos_embed) >= MAX_CACHED_GRIDS:
-                self._resized_pos_embed.pop(next(iter(self._resized_pos_embed)))
-            self._resized_pos_embed[key] = resize_pos_embed(self.pos_embed, (h, w))
-        return self._resized_pos_embed[key]
-
-    def init_weights(self) -> None:
-        """Load the checkpoint of ``init_cfg`` safely and strictly, or run mmengine's initialisers."""
-        source = pretrained_checkpoint(self.init_cfg)
-        if source is None:
-            super().init_weights()
-        else:
-            load_pretrained(self, source, PRETRAINED)
-            self._is_init = True
-
-    def train(self, mode: bool = True) -> 'VOLO':
-        """Set the mode; frozen modules stay in eval mode."""
-        super().train(mode)
-        # mmengine's EMA swaps weights through ``.data``, unseen by version counters, and then calls eval().
-        self._resized_pos_embed.clear()
-        if mode:
-            for module in self._frozen_modules():
-                module.eval()
-            if self.norm_eval:
-                for module in self.patch_embed.modules():
-                    if isinstance(module, _BatchNorm):
-                        module.eval()
-        return self
-
-    def _apply(self, fn, recurse: bool = True) -> 'VOLO':
-        self._resized_pos_embed.clear()  # device or dtype may change
-        return super()._apply(fn, recurse)
-
-    def _frozen_modules(self) -> list[nn.Module]:
-        modules = [self.patch_embed] if self.frozen_stages >= 0 else []
-        return modules + list(self.network[: self.frozen_stages + 1 if self.frozen_stages >= 1 else 0])
-
-    def _freeze(self) -> None:
-        for module in self._frozen_modules():
-            module.requires_grad_(False)
-        if self.frozen_stages >= 2 and hasattr(self, 'pos_embed'):
-            self.pos_embed.requires_grad_(False)
+        return self._resized_pos_embed(self.pos_embed, (h, w))
 
 
 def resize_pos_embed(pos_embed: Tensor, size: tuple[int, int]) -> Tensor:
@@ -403,43 +362,3 @@ def architecture_settings(arch: str | Mapping) -> Mapping:
     if any(dim % heads for dim, heads in zip(arch['embed_dims'], arch['num_heads'], strict=True)):
         raise UserError(f'embed_dims must be multiples of num_heads, got {arch["embed_dims"]} and {arch["num_heads"]}')
     return arch
-
-
-def are_positive(values: object, count: int) -> bool:
-    """Whether ``values`` is a sequence of ``count`` integers from 1 to 65536."""
-    if not isinstance(values, Sequence) or len(values) != count:
-        return False
-    return all(type(value) is int and 0 < value <= 2**16 for value in values)
-
-
-class _RunningStatisticsKept(AbstractContextManager):
-    """Context that keeps running statistics unchanged while a checkpointed module runs a second time."""
-
-    def __init__(self, module: nn.Module):
-        self.norms: list[Any] = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
-
-    def __enter__(self) -> None:
-        self.before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in self.norms]
-        for norm in self.norms:
-            norm.momentum = 0.0
-
-    def __exit__(self, *error) -> None:
-        for norm, (momentum, count) in zip(self.norms, self.before, strict=True):
-            norm.momentum = momentum
-            norm.num_batches_tracked.copy_(count)
-
-
-def _add(x: Tensor, branch: Tensor) -> Tensor:
-    """``x + branch``; in inference, written to the branch's memory, which nothing else uses."""
-    return x + branch if torch.is_grad_enabled() or branch.dtype != x.dtype else branch.add_(x)
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return (a + b - 1) // b  # -(-a // b) breaks torch.compile's symbolic shapes (torch 2.11)
-
-
-def _init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
