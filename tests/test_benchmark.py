@@ -9,7 +9,7 @@ from torch import nn
 
 import mmseg_volo.benchmark.backbone as module
 from mmseg_volo.apis.training import _enable_amp
-from mmseg_volo.benchmark import heads
+from mmseg_volo.benchmark import attention, heads
 from mmseg_volo.benchmark.memory import LiveMemory
 from mmseg_volo.benchmark.segmentor import largest_batch, segmentor_speed
 from mmseg_volo.benchmark.step import profile_step
@@ -32,6 +32,9 @@ def small(monkeypatch):
     monkeypatch.setattr(heads, 'CELLS', {'tiny': ('volo_tiny_camvid', (48, 64), 1)})
     monkeypatch.setattr(heads, 'HEAD_ALONE', 'tiny')
     monkeypatch.setattr(heads, 'PARITY', (['tiny'], (48, 64)))
+    monkeypatch.setattr(attention, 'PARITY', [(3, 5)])
+    monkeypatch.setattr(attention, 'TIMED', (4, 6))
+    monkeypatch.setattr(attention, 'LARGE', (16, 16))
 
 
 def test_the_table_is_printed_and_returned(small, capsys, tmp_path):
@@ -51,6 +54,9 @@ def test_the_table_is_printed_and_returned(small, capsys, tmp_path):
     ]  # fmt: skip
     (kept,) = (row['bytes'] for row in result['tables']['segmentor-memory'])
     assert kept['ours'] < kept['mmseg']
+    forward, step, _ = result['tables']['biased-attention']
+    assert (forward['what'], step['what']) == ('forward 4x6', 'train step 4x6')
+    assert set(step['seconds']) == {'ours', 'timm', 'timm unfused'}
 
 
 def test_one_table_is_measured_alone(small, capsys):
@@ -58,6 +64,25 @@ def test_one_table_is_measured_alone(small, capsys):
         'parity',
         'segmentor-memory',
     ]
+
+
+def test_attention_is_compared_with_all_gradients(small, monkeypatch, capsys):
+    found = run_benchmark('cpu', quick=True, tables=['biased-attention'])['tables']['parity']
+    names = ['output', 'd q', 'd k', 'd v', 'd table']
+    assert [row['what'] for row in found] == [f'attention 3x5: {name}' for name in names]
+    right = attention.biased_attention
+    monkeypatch.setattr(attention, 'biased_attention', lambda *args, grid: right(*args, grid=grid) * 1.01)
+    with pytest.raises(UserError, match='parity failed, so no speed is measured: attention 3x5: output'):
+        run_benchmark('cpu', quick=True, tables=['biased-attention'])
+
+
+@pytest.mark.filterwarnings('ignore:flex_attention called without torch.compile')
+def test_flex_attention_has_the_same_bias():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 15, 16)
+    table = torch.randn(2, 5, 9)
+    found = attention.flex_attention(q, k, v, table, (3, 5))
+    assert torch.allclose(found, attention.biased_attention(q, k, v, table, grid=(3, 5)), atol=1e-6)
 
 
 def test_the_command_offers_every_table(capsys):

@@ -9,6 +9,7 @@ from timm.layers import resize_rel_pos_bias_table
 from torch import nn
 
 from mmseg_volo import COATNET_ARCHITECTURES, CoAtNet
+from mmseg_volo.benchmark.memory import peak_bytes
 from mmseg_volo.errors import UserError
 from mmseg_volo.models.coatnet import FORM
 from mmseg_volo.ops.relative_table import resize_bilinear, resize_geometric, table_grid
@@ -235,6 +236,16 @@ def test_checkpointing_draws_the_dropout_of_a_computed_bias_again():
         model(torch.randn(2, 3, 64, 96))[3].square().sum().backward()
         found.append([p.grad for name, p in model.named_parameters() if not name.startswith('norm')])
     assert all(torch.equal(a, e) for a, e in zip(*found, strict=True) if e is not None)
+
+
+def test_a_block_at_4096_tokens_needs_a_small_part_of_its_bias_maps_memory():
+    arch = COATNET_ARCHITECTURES['0'] | dict(depths=(1, 1, 2, 1))
+    block = CoAtNet(arch, img_size=1024, out_indices=(2,)).stages[2]['blocks'][1]
+    x = torch.randn(1, 384, 64, 64).contiguous(memory_format=torch.channels_last)
+    kept = []
+    peak = peak_bytes(lambda: kept.append(block(x)), 'cpu')
+    assert kept[0].grad_fn is not None
+    assert x.nbytes < peak < 256 * 2**20  # the bias of all pairs of tokens has 768 MiB
 
 
 # Weights

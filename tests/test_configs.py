@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from conftest import ROOT
 from mmengine.config import Config
@@ -11,11 +12,10 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from mmseg.registry import DATASETS, MODELS
 
-from mmseg_volo import HVT, VOLO
+from mmseg_volo import COATNET_ARCHITECTURES, HVT, VOLO, CoAtNet
 
 CONFIGS = ROOT / 'configs'
 LEAVES = sorted(path.name for path in CONFIGS.glob('*.py'))
-BACKBONES = {'volo': VOLO, 'hvt': HVT}  # by the first part of a leaf's name
 BASES = sorted(path.stem for path in (CONFIGS / '_base_').glob('*.py'))
 GRID = [
     f'volo_{arch}{head}_{dataset}.py'
@@ -23,6 +23,9 @@ GRID = [
     for head in ('', '_segformer')
     for dataset in ('cityscapes', 'ade20k')
 ]
+POSITIONS = r'pos_embed|relative_position_bias_table|rel_pos\.mlp'
+BACKBONES = {'volo': VOLO, 'coatnet': CoAtNet, 'hvt': HVT}
+COATNETS = [f'coatnet_{arch}_{data}.py' for arch in ('1_rw', 'rmlp_2_rw') for data in ('cityscapes', 'ade20k')]
 
 
 def bases_of(path: Path) -> set[str]:
@@ -32,6 +35,12 @@ def bases_of(path: Path) -> set[str]:
         base = path.parents[len(dots) - 1] / f'{module.replace(".", "/")}.py'
         found |= bases_of(base) | ({base.stem} if base.parent.name == '_base_' else set())
     return found
+
+
+def backbone_of(leaf: str) -> tuple[type, str]:
+    """Class and arch of the backbone that a leaf's name states."""
+    name = re.fullmatch(r'(\w+?)_(.+?)(_segformer)?_(cityscapes|ade20k|camvid|toy_streets)(_layer_decay)?\.py', leaf)
+    return BACKBONES[name[1]], name[2]
 
 
 def load(leaf: str) -> Config:
@@ -58,6 +67,7 @@ def test_the_documented_leaves_exist():
     assert set(GRID) <= set(LEAVES)
     assert {'volo_tiny_toy_streets.py', 'volo_tiny_camvid.py', 'volo_d1_camvid.py'} <= set(LEAVES)
     assert {'hvt_tiny_camvid.py', 'hvt_s1_camvid.py'} <= set(LEAVES)
+    assert {*COATNETS, 'coatnet_tiny_camvid.py', 'coatnet_nano_rw_camvid.py'} <= set(LEAVES)
 
 
 def test_every_base_has_a_user():
@@ -69,7 +79,7 @@ def test_leaf_is_short_and_states_its_batch(leaf):
     text = (CONFIGS / leaf).read_text()
     assert len(text.splitlines()) <= 40
     assert leaf.removesuffix('.py').isidentifier()
-    assert re.match(r'# (VOLO|HVT)-\w+ \+ .*: \d+ (GPUs?|process(es)?) x \d+ images', text)
+    assert re.match(r'# (VOLO|CoAtNet|HVT)-\w+ (\(.+\) )?\+ .*: \d+ (GPUs?|process(es)?) x \d+ images', text)
     bases = bases_of(CONFIGS / leaf)
     assert len(bases & {'camvid', 'cityscapes', 'ade20k', 'toy_streets'}) == 1
     assert len(bases & {'upernet', 'segformer'}) == 1
@@ -115,15 +125,20 @@ def test_leaf_builds_and_its_parts_fit(leaf, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # so that relative paths would fail
     cfg, model = build(leaf)
     backbone = model.backbone
-    family, arch = leaf.removesuffix('.py').split('_')[:2]
-    assert isinstance(backbone, BACKBONES[family]) and backbone.arch == arch
-    stride = dict(volo=16, hvt=8)[family]
-    assert backbone.pos_embed.shape[1:3] == tuple(-(-side // stride) for side in cfg.crop_size)
-    if arch != 'tiny' and 'camvid' not in leaf:
-        assert re.fullmatch(rf'timm://volo_{arch}_\d+\.sail_in1k', backbone.init_cfg['checkpoint'])
-    assert list(model.decode_head.in_channels) == [cfg.model.neck.out_channels] * 4
-    assert backbone.out_channels == list(cfg.model.neck.in_channels)
-    assert [s / r for s, r in zip(backbone.out_strides, cfg.model.neck.scales, strict=True)] == [4, 8, 16, 32]
+    assert (type(backbone), backbone.arch) == backbone_of(leaf)
+    assert cfg.model.backbone.img_size == cfg.crop_size
+    if isinstance(backbone, CoAtNet):
+        check_coatnet(leaf, backbone, model)
+        widths = backbone.out_channels
+        assert not model.with_neck and backbone.out_strides == [4, 8, 16, 32]
+    else:
+        check_volo_and_hvt(leaf, backbone, cfg.crop_size)
+        widths, scales = [cfg.model.neck.out_channels] * 4, cfg.model.neck.scales
+        assert backbone.out_channels == list(cfg.model.neck.in_channels)
+        assert [s / r for s, r in zip(backbone.out_strides, scales, strict=True)] == [4, 8, 16, 32]
+    assert list(model.decode_head.in_channels) == widths
+    if model.with_auxiliary_head:
+        assert model.auxiliary_head.in_channels == widths[model.auxiliary_head.in_index]
     dataset = DATASETS.get(cfg.train_dataloader.dataset.type)
     heads = [model.decode_head] + ([model.auxiliary_head] if model.with_auxiliary_head else [])
     for head in heads:
@@ -135,12 +150,28 @@ def test_leaf_builds_and_its_parts_fit(leaf, tmp_path, monkeypatch):
         assert cfg.auto_scale_lr.base_batch_size == images * per and not cfg.auto_scale_lr.enable
 
 
+def check_volo_and_hvt(leaf: str, backbone: VOLO | HVT, crop_size: tuple[int, int]) -> None:
+    stride = 16 if isinstance(backbone, VOLO) else 8
+    assert backbone.pos_embed.shape[1:3] == tuple(-(-side // stride) for side in crop_size)
+    if isinstance(backbone, VOLO) and backbone.arch != 'tiny' and 'camvid' not in leaf:
+        assert re.fullmatch(rf'timm://volo_{backbone.arch}_\d+\.sail_in1k', backbone.init_cfg['checkpoint'])
+
+
+def check_coatnet(leaf: str, backbone: CoAtNet, model: torch.nn.Module) -> None:
+    if backbone.arch != 'tiny':
+        assert re.fullmatch(rf'timm://coatnet_{backbone.arch}_\d+\.sw_in\w+', backbone.init_cfg['checkpoint'])
+        assert backbone.init_cfg['checkpoint'].removeprefix('timm://') in timm.list_pretrained('coatnet_*')
+    settings = load(leaf).model.data_preprocessor
+    assert list(settings.mean) == list(settings['std']) == [127.5] * 3
+    assert 'ours' in (CONFIGS / leaf).read_text().splitlines()[1]
+
+
 @pytest.mark.parametrize('leaf', LEAVES)
 def test_upstream_types_are_strings(leaf):
     types = upstream_types(load(leaf)._cfg_dict)
     assert len(types) > 20
     ours = [t for t in types if not isinstance(t, str)]
-    assert all(t.__module__.startswith('mmseg_volo') for t in ours) and BACKBONES[leaf.split('_')[0]] in ours
+    assert all(t.__module__.startswith('mmseg_volo') for t in ours) and backbone_of(leaf)[0] in ours
 
 
 @pytest.mark.parametrize('leaf', LEAVES)
@@ -153,13 +184,21 @@ def test_test_setup_equals_validation(leaf):
 
 
 @pytest.mark.parametrize(
-    'leaf', ['volo_d1_ade20k.py', 'volo_d5_ade20k_layer_decay.py', 'volo_tiny_camvid.py', 'hvt_tiny_camvid.py']
+    'leaf',
+    [
+        *('volo_d1_ade20k.py', 'volo_d5_ade20k_layer_decay.py', 'volo_tiny_camvid.py', 'hvt_tiny_camvid.py'),
+        *('coatnet_tiny_camvid.py', *COATNETS),
+    ],
 )
-def test_norms_and_position_embedding_are_not_decayed(leaf, tmp_path):
+def test_norms_and_positions_are_not_decayed(leaf, tmp_path):
     cfg = load(leaf)
-    cfg.model.backbone.update(arch='tiny', init_cfg=None)
-    if leaf.startswith('volo'):
+    backbone, arch = backbone_of(leaf)
+    cfg.model.backbone.update(init_cfg=None)
+    if backbone is VOLO:
+        cfg.model.backbone.arch = 'tiny'
         cfg.model.neck.in_channels = [64, 128, 128, 128]
+    elif backbone is CoAtNet:
+        cfg.model.backbone.arch = {**COATNET_ARCHITECTURES[arch], 'depths': (1, 1, 1, 1)}
     runner = Runner(cfg.model, work_dir=str(tmp_path), default_scope='mmseg', experiment_name=leaf + str(os.getpid()))
     wrapper = runner.build_optim_wrapper(cfg.optim_wrapper)
     decay = {id(p): group['weight_decay'] for group in wrapper.optimizer.param_groups for p in group['params']}
@@ -171,9 +210,11 @@ def test_norms_and_position_embedding_are_not_decayed(leaf, tmp_path):
         if isinstance(module, torch.nn.LayerNorm | torch.nn.modules.batchnorm._BatchNorm)
         for kind in ('weight', 'bias')
     }
-    assert {'backbone.patch_embed.conv.1.weight', 'backbone.blocks.0.norm1.weight'} & norms
+    first = {f'backbone.{name}.weight' for name in ('patch_embed.conv.1', 'stem.norm1', 'blocks.0.norm1')}
+    assert first & norms
+    assert any(re.search(POSITIONS, name) for name in names)
     for name, parameter in names.items():
-        if name in norms or name.endswith('pos_embed'):
+        if name in norms or re.search(POSITIONS, name) or name.endswith('.gamma'):
             assert decay[id(parameter)] == 0, name
         elif name.endswith('.weight'):
             assert decay[id(parameter)] > 0, name

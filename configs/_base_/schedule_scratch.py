@@ -1,4 +1,4 @@
-# Training from random weights on small data sets, on a CPU: cosine decay, no weight decay for norms and pos_embed.
+# Training from random weights on small data sets, on a CPU: cosine decay, no weight decay for norms and positions.
 from mmengine.config import read_base
 
 with read_base():
@@ -8,7 +8,10 @@ max_iters = 2000
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05, fused=True),
-    paramwise_cfg=dict(norm_decay_mult=0.0, custom_keys=dict(pos_embed=dict(decay_mult=0.0))),
+    paramwise_cfg=dict(
+        norm_decay_mult=0.0,
+        custom_keys={key: dict(decay_mult=0.0) for key in ('pos_embed', 'rel_pos', 'gamma')},
+    ),
     clip_grad=dict(max_norm=1.0),
 )
 param_scheduler = [

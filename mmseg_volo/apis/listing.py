@@ -1,6 +1,7 @@
 """Tables of the configs and of the backbones that come with the package."""
 
 import warnings
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from importlib.util import find_spec
 
@@ -15,7 +16,8 @@ from tqdm import tqdm
 
 from ..config import data_sets, shipped_configs, type_name
 from ..errors import UserError
-from ..models import ARCHITECTURES, VOLO
+from ..models import ARCHITECTURES, COATNET_ARCHITECTURES, VOLO, CoAtNet
+from ..models.backbone import Backbone
 
 
 def list_configs(pattern: str = '*') -> None:
@@ -50,24 +52,29 @@ def list_configs(pattern: str = '*') -> None:
 
 
 def list_models() -> None:
-    """Print a Markdown table of the backbones: sizes, parameters and multiply-adds counted by PyTorch."""
-    print('| arch | blocks | widths | heads | parameters, M | GMACs at 512² | GMACs at 1024² | strides |')
-    print('|---|---|---|---|---|---|---|---|')
-    for arch, settings in ARCHITECTURES.items():
+    """Print Markdown tables of the backbones: sizes, parameters and multiply-adds counted by PyTorch."""
+    _print_table(VOLO, ARCHITECTURES, dict(blocks='layers', widths='embed_dims', heads='num_heads'))
+    print()
+    _print_table(CoAtNet, COATNET_ARCHITECTURES, dict(blocks='depths', widths='widths', stem='stem_widths'))
+
+
+def _print_table(backbone: type[Backbone], archs: Mapping[str, Mapping], sizes: Mapping[str, str]) -> None:
+    """Print a row per arch of ``backbone``; ``sizes`` are columns and keys of the settings."""
+    columns = [backbone.__name__, *sizes, 'parameters, M', 'GMACs at 512²', 'GMACs at 1024²', 'strides']
+    print(f'| {" | ".join(columns)} |\n|{"---|" * len(columns)}')
+    for arch, settings in archs.items():
         with torch.device('meta'):
-            model = VOLO(arch)
-        sizes = [', '.join(str(size) for size in settings[key]) for key in ('layers', 'embed_dims', 'num_heads')]
+            model = backbone(arch=arch)
+        cells = [', '.join(str(size) for size in settings[key]) for key in sizes.values()]
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
-        print(
-            f'| {arch} | {" | ".join(sizes)} | {parameters:.2f} | {_gmacs(arch, 512):.1f} | {_gmacs(arch, 1024):.0f} '
-            f'| {", ".join(map(str, model.out_strides))} |'
-        )
+        cells += [f'{parameters:.2f}', f'{_gmacs(backbone, arch, 512):.1f}', f'{_gmacs(backbone, arch, 1024):.0f}']
+        print(f'| {arch} | {" | ".join(cells)} | {", ".join(map(str, model.out_strides))} |')
 
 
-def _gmacs(arch: str, size: int) -> float:
+def _gmacs(backbone: type[Backbone], arch: str, size: int) -> float:
     """Multiply-adds of one forward pass for a ``size`` x ``size`` image, in billions."""
     with torch.device('meta'), FlopCounterMode(display=False) as counter, torch.no_grad():
-        VOLO(arch, img_size=size).eval()(torch.empty(1, 3, size, size))
+        backbone(arch=arch, img_size=size).eval()(torch.empty(1, 3, size, size))
     return counter.get_total_flops() / 2e9
 
 

@@ -1,4 +1,4 @@
-"""Speed and memory of the operator, the backbone and whole segmentors. Parity is checked first."""
+"""Speed and memory of the operators, the backbone and whole segmentors. Parity is checked first."""
 
 import json
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from .._files import whole
 from ..config import output_path
 from ..errors import UserError
 from ..ops import explain
+from .attention import AttentionBench
 from .backbone import BackboneBench
 from .heads import HeadBench
 from .segmentor import segmentor_speed
@@ -23,6 +24,7 @@ TITLES = {
     'memory': 'memory of the backbone',
     'segmentor': "whole segmentor: our neck and head against mmseg's, with the same backbone",
     'segmentor-memory': 'activations of a whole segmentor that a train step keeps',
+    'biased-attention': "attention with relative bias: ours against timm's, which stores the whole bias",
 }
 
 
@@ -57,6 +59,7 @@ def run_benchmark(
     print('\n'.join(f'{key}: {value}' for key, value in env.items()) + f'\n{explain()}')
 
     backbone, heads = BackboneBench(device, quick, compiled), HeadBench(device, quick)
+    attention = AttentionBench(device, quick)
     measures = {
         'operator': backbone.operator,
         'forward': backbone.forward,
@@ -64,9 +67,15 @@ def run_benchmark(
         'memory': backbone.memory,
         'segmentor': heads.speed,
         'segmentor-memory': heads.memory,
+        'biased-attention': attention.measure,
     }
     of_heads = [name for name in tables if name.startswith('segmentor')]
-    rows = [*(backbone.parity() if len(of_heads) < len(tables) else []), *(heads.parity() if of_heads else [])]
+    of_attention = [name for name in tables if name == 'biased-attention']
+    rows = [
+        *(backbone.parity() if len(of_heads) + len(of_attention) < len(tables) else []),
+        *(heads.parity() if of_heads else []),
+        *(attention.parity() if of_attention else []),
+    ]
     dtype = backbone.dtype_name
     print_table(rows, f'parity: largest error against float64, relative to the largest value ({dtype})')
     broken = [row['what'] for row in rows if not row['met']]

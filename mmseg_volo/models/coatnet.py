@@ -170,9 +170,9 @@ class RelativeTable(nn.Module):
         self.register_load_state_dict_pre_hook(_fold_table)
 
     def forward(self, grid: tuple[int, int]) -> Tensor:
-        """Return the bias ``[heads, 2h - 1, 2w - 1]`` for a ``grid`` of (h, w) tokens."""
+        """Return the bias ``[2h - 1, 2w - 1, heads]`` for a ``grid`` of (h, w) tokens."""
         table = self.relative_position_bias_table
-        return (table if grid == self.grid else self._resized(table, grid)).permute(2, 0, 1)
+        return table if grid == self.grid else self._resized(table, grid)
 
 
 class RelativeMLP(nn.Module):
@@ -183,11 +183,11 @@ class RelativeMLP(nn.Module):
         self.mlp = Mlp(2, width, heads, act_layer=nn.ReLU, drop=(0.125, 0.0))
 
     def forward(self, grid: tuple[int, int]) -> Tensor:
-        """Return the bias ``[heads, 2h - 1, 2w - 1]`` for a ``grid`` of (h, w) tokens."""
+        """Return the bias ``[2h - 1, 2w - 1, heads]`` for a ``grid`` of (h, w) tokens."""
         weight = self.mlp.fc1.weight
         offsets = [torch.arange(1 - n, n, device=weight.device, dtype=weight.dtype) for n in grid]
         x = torch.stack(torch.meshgrid(*offsets, indexing='ij'), -1)
-        return self.mlp(x.sign() * x.abs().log1p()).permute(2, 0, 1)
+        return self.mlp(x.sign() * x.abs().log1p())
 
 
 class Attention(nn.Module):
@@ -206,7 +206,7 @@ class Attention(nn.Module):
         B, _, h, w = x.shape
         qkv = self.qkv(x).permute(0, 2, 3, 1).reshape(B, h * w, self.num_heads, 3, -1)
         q, k, v = qkv.permute(3, 0, 2, 1, 4).unbind(0)  # B, heads, h * w, d
-        table = self.rel_pos((h, w))
+        table = self.rel_pos((h, w)).permute(2, 0, 1)
         if self.training and self.attn_drop:
             x = biased_attention_reference(q, k, v, table, grid=(h, w), dropout=self.attn_drop)
         else:

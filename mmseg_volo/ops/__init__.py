@@ -1,10 +1,11 @@
 """Operators."""
 
 from . import outlook, resized_maps, strip_loss
+from .biased_attention import biased_attention
 from .outlook import outlook_attention
 from .resized_maps import resized_conv
 
-__all__ = ['explain', 'outlook_attention', 'resized_conv']
+__all__ = ['biased_attention', 'explain', 'outlook_attention', 'resized_conv']
 
 
 def explain() -> str:
