@@ -442,12 +442,12 @@ def test_timms_files_of_coatnet_load_by_name(tmp_path, name):
 def test_weights_of_another_classifier_are_named(tmp_path):
     image = [__file__]
     source = str(tmp_path / 'weights.pth')
-    torch.save(timm.create_model('volo_d1_384').state_dict(), source)
+    torch.save(timm.create_model('volo_d1_384', num_classes=9).half().state_dict(), source)
     with pytest.raises(UserError, match=r'does not fit volo_d1_224, it is volo_d1_384: 1 of another shape \(pos_embed'):
         classify('volo_d1_224', source, image)
     with pytest.raises(UserError, match=r'does not fit volo_tiny_224, it is volo_d1_384: '):
         classify('volo_tiny_224', source, image)
-    torch.save(timm.create_model('coatnet_nano_rw_224', img_size=256).state_dict(), source)
+    torch.save(timm.create_model('coatnet_nano_rw_224', img_size=256).half().state_dict(), source)
     for name in ('volo_tiny_224', 'coatnet_nano_rw_224', 'coatnet_rmlp_nano_rw_224'):
         with pytest.raises(UserError, match=f'does not fit {name}, it is coatnet_nano_rw_256: '):
             classify(name, source, image)
