@@ -26,6 +26,7 @@ from mmseg_volo.models.volo import VOLO, resize_pos_embed
 from mmseg_volo_cli import main
 
 PUBLISHED = ['d1', 'd2', 'd3', 'd4', 'd5']
+WNIDS, NUMBERS = ImageNetInfo().label_names(), [str(i) for i in range(1000)]  # names of class folders
 
 
 def randomise(model: nn.Module) -> nn.Module:
@@ -227,13 +228,13 @@ def test_the_five_most_probable_classes_are_printed_with_names_and_written(place
     assert main('classify', ['volo_tiny_224', str(place / 'tiny.pth'), *words]) == 0
     printed, result = capsys.readouterr().out, json.loads(out.read_text())
     assert '6 of 6 images classified on cpu' in printed and result['model'] == 'volo_tiny_224'
-    names, wnids = ImageNetInfo().label_descriptions(), ImageNetInfo().label_names()
+    names = ImageNetInfo().label_descriptions()
     for found, row in zip(result['pictures'], logits, strict=True):
         expected = row.softmax(0).topk(5)
         assert [entry['index'] for entry in found['classes']] == expected.indices.tolist()
         for entry, probability in zip(found['classes'], expected.values.tolist(), strict=True):
             assert entry['probability'] == pytest.approx(probability, rel=1e-3)
-            assert (entry['name'], entry['wnid']) == (names[entry['index']], wnids[entry['index']])
+            assert (entry['name'], entry['wnid']) == (names[entry['index']], WNIDS[entry['index']])
             assert f'{entry["probability"]:9.2%}  {entry["name"]}' in printed
 
 
@@ -309,7 +310,7 @@ def hits(result: dict) -> list[int]:
 
 @pytest.mark.parametrize('labels', ['val', 'v2'])
 def test_accuracy_counts_the_class_of_the_folder(place, logits, tmp_path, labels):
-    names = ImageNetInfo().label_names() if labels == 'val' else [str(i) for i in range(1000)]
+    names = WNIDS if labels == 'val' else NUMBERS
     folder = imagenet(tmp_path, [*names, '.hidden'])
     for seed, rank in enumerate([0, 0, 0, 1, 4, 5]):  # of the picture's class among the predictions
         shutil.copy(place / f'pictures/{seed}.png', folder / names[logits[seed].topk(6).indices[rank]])
@@ -337,6 +338,10 @@ def test_accuracy_with_real_labels_counts_any_of_them_and_leaves_out_images_with
         picture(seed).save(path, 'PNG')
     result = measured(place, tmp_path, 'real')
     assert (result['images'], result['excluded'], hits(result)) == (4, 1, [2, 3])
+    folder = imagenet(tmp_path / 'folders', WNIDS)
+    for path in chosen:
+        path.rename(folder / WNIDS[7] / path.name)  # the folders' names do not count
+    assert measured(place, folder, 'real') == result
 
 
 @pytest.mark.parametrize(('found', 'images'), [(8, 10), (0, 5), (42075, 50_000)])
@@ -349,7 +354,7 @@ def test_the_interval_holds_the_accuracies_under_which_the_result_is_likely(foun
 
 
 def test_promised_figures_stand_beside_the_measured_ones(place, tmp_path, monkeypatch, capsys):
-    folder = imagenet(tmp_path, ImageNetInfo().label_names())
+    folder = imagenet(tmp_path, WNIDS)
     shutil.copy(place / 'pictures/0.png', folder / 'n01440764')
     monkeypatch.setitem(PROMISED, 'volo_tiny_224', dict(val=12.5))
     out = tmp_path / 'accuracy.json'
@@ -362,9 +367,6 @@ def test_promised_figures_stand_beside_the_measured_ones(place, tmp_path, monkey
 
 
 # Bad input
-
-
-WNIDS, NUMBERS = ImageNetInfo().label_names(), [str(i) for i in range(1000)]
 
 
 @pytest.mark.parametrize(
@@ -406,6 +408,7 @@ def test_impossible_images_of_imagenet(place, tmp_path):
     ('arguments', 'message'),
     [
         (dict(model='volo_d6_224'), r"no classifier named 'volo_d6_224': did you mean volo_d5_224"),
+        (dict(model='hvt_s1_224.other'), r"no classifier named 'hvt_s1_224.other': did you mean hvt_s1_224"),
         (dict(model='resnet50'), r"no classifier named 'resnet50': choose from .*volo_d1_224"),
         (dict(model='volo_d1_224.other'), r'timm has no weights volo_d1_224\.other, only volo_d1_224\.sail_in1k'),
         (dict(checkpoint='timm://volo_d1_384.sail_in1k'), 'does not fit volo_d1_224, it is volo_d1_384'),
@@ -439,18 +442,22 @@ def test_timms_files_of_coatnet_load_by_name(tmp_path, name):
 def test_weights_of_another_classifier_are_named(tmp_path):
     image = [__file__]
     source = str(tmp_path / 'weights.pth')
-    torch.save(timm.create_model('volo_d1_384').state_dict(), source)
+    torch.save(timm.create_model('volo_d1_384', num_classes=9).half().state_dict(), source)
     with pytest.raises(UserError, match=r'does not fit volo_d1_224, it is volo_d1_384: 1 of another shape \(pos_embed'):
         classify('volo_d1_224', source, image)
     with pytest.raises(UserError, match=r'does not fit volo_tiny_224, it is volo_d1_384: '):
         classify('volo_tiny_224', source, image)
-    torch.save(timm.create_model('coatnet_nano_rw_224', img_size=256).state_dict(), source)
+    torch.save(timm.create_model('coatnet_nano_rw_224', img_size=256).half().state_dict(), source)
     for name in ('volo_tiny_224', 'coatnet_nano_rw_224', 'coatnet_rmlp_nano_rw_224'):
         with pytest.raises(UserError, match=f'does not fit {name}, it is coatnet_nano_rw_256: '):
             classify(name, source, image)
     torch.save(HVTClassifier('ti1').state_dict(), source)
     with pytest.raises(UserError, match=r'does not fit hvt_s1_224, it is hvt_ti1: '):
         classify('hvt_s1_224', source, image)
+    for shape in ((), (0, 128), (2**20, 1)):  # the last must not become a layer of 512 MiB
+        torch.save(VOLOClassifier('tiny').state_dict() | {'head.weight': torch.zeros(shape)}, source)
+        with pytest.raises(UserError, match=r'does not fit volo_tiny_224: \d of another shape \(.*head.weight is'):
+            classify('volo_tiny_224', source, image)
     torch.save(VOLO('tiny').state_dict(), source)
     with pytest.raises(UserError, match=r'does not fit volo_tiny_224: 31 missing \(cls_token, '):
         classify('volo_tiny_224', source, image)

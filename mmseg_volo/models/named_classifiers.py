@@ -68,9 +68,12 @@ class NamedClassifier:
             UserError: the checkpoint is unreadable or unsafe, or a tensor is missing, unexpected or of another shape.
         """
         state = backbone_tensors(read_checkpoint(source), source)
-        family, arch, side = _parts(self.name)
-        last_layer = state.get(family.last_layer)
-        model = family.build(arch, side, 1000 if last_layer is None else len(last_layer))
+        name, arch, side = _parts(self.name)
+        family = FAMILIES[name]
+        last = state.get(family.last_layer)
+        num_classes = len(last) if last is not None and last.dim() == 2 and last.numel() else 1000
+        with torch.device('meta'):  # nothing is allocated before every tensor fits
+            model = family.build(arch, int(side), num_classes)
         own = model.state_dict()
         state = {key: _with_shape(tensor, own.get(key)) for key, tensor in state.items()}
         problems = differences(own, state)
@@ -78,8 +81,8 @@ class NamedClassifier:
             actual = _recognise(state)
             whose = f', it is {actual}' if actual not in (None, self.name) else ''
             raise UserError(f'{source} does not fit {self.name}{whose}: ' + '; '.join(problems))
-        model.load_state_dict(state)
-        return model.eval()
+        model.load_state_dict(state, assign=True)
+        return model.float().eval()
 
 
 def named_classifier(name: str, source: str = '') -> NamedClassifier:
@@ -93,7 +96,7 @@ def named_classifier(name: str, source: str = '') -> NamedClassifier:
         UserError: the name is unknown, or ``source`` names another classifier of timm's.
     """
     model, _, tag = name.partition('.')
-    if model not in (known := classifier_names()):
+    if model not in (known := classifier_names()) or (tag and model in OWN):
         near = difflib.get_close_matches(model, known, n=3)
         hint = f'did you mean {" or ".join(near)}?' if near else f'choose from {", ".join(known)}'
         raise UserError(f'no classifier named {name!r}: {hint}')
@@ -115,19 +118,18 @@ def named_classifier(name: str, source: str = '') -> NamedClassifier:
 def classifier_names() -> list[str]:
     """Names that ``named_classifier`` knows, without tags."""
     candidates = [*OWN, *(name for family in FAMILIES for name in list_models(f'{family}_*'))]
-    return sorted(name for name in candidates if _splits(name))
+    return sorted(name for name in candidates if _is_built(*_parts(name)))
 
 
-def _splits(name: str) -> bool:
+def _parts(name: str) -> tuple[str, str, str]:
+    """Family, arch and side in a name."""
     family, _, rest = name.partition('_')
     arch, _, side = rest.rpartition('_')
+    return family, arch, side
+
+
+def _is_built(family: str, arch: str, side: str) -> bool:
     return arch in FAMILIES[family].archs and side.isdecimal()
-
-
-def _parts(name: str) -> tuple[Family, str, int]:
-    family, _, rest = name.partition('_')
-    arch, _, side = rest.rpartition('_')
-    return FAMILIES[family], arch, int(side)
 
 
 def _with_shape(tensor: Tensor, own: Tensor | None) -> Tensor:
