@@ -309,6 +309,22 @@ def test_frozen_blocks_under_recomputing_get_no_gradients_and_the_rest_do():
     }
 
 
+@pytest.mark.parametrize('stem_channels', [16, 24, 64])
+def test_stem_in_bfloat16_errs_by_rounding_only(stem_channels):
+    torch.manual_seed(0)
+    stem = VOLO({**SMALL, 'stem_channels': stem_channels}, out_indices=(0,)).patch_embed.eval()
+    x = torch.randn(2, 3, 64, 96)
+    results = []
+    for amp in (False, True):
+        stem.zero_grad()
+        with torch.autocast('cpu', torch.bfloat16, enabled=amp):
+            y = stem(x)
+        (y.float() * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().backward()
+        results.append([y.detach().float(), *[p.grad.clone() for p in stem.proj.parameters()]])
+    for exact, found in zip(*results, strict=True):
+        assert error(found, exact.double()) < 0.06  # the convolution on a processor with AMX: above 1
+
+
 @pytest.mark.parametrize(('in_fp32', 'dtype'), [(True, torch.float32), (False, torch.bfloat16)])
 def test_residual_stream_of_later_stages_under_autocast(in_fp32, dtype):
     torch.manual_seed(0)

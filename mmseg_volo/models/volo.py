@@ -18,6 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..errors import UserError
 from ..ops import outlook_attention
+from ..ops.plain import is_plain
 from ..ops.products import call_linear
 from ..ops.recompute import norm_linear, norm_linear_pool, norm_mlp
 from .backbone import Backbone, ResizedPerGrid, add, are_positive, ceil_div, drop_path_rates, init_linear, sides
@@ -155,7 +156,18 @@ class PatchEmbed(nn.Module):
                     conv.weight, None, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
                 )
                 x = F.conv2d(x, weight, bias, conv.stride, conv.padding).relu_()
+        if x.device.type == 'cpu' and x.dtype == torch.bfloat16 and is_plain(self.proj, nn.Conv2d):
+            return self._project_patches(x)
         return self.proj(x).permute(0, 2, 3, 1)
+
+    def _project_patches(self, x: Tensor) -> Tensor:
+        """``proj`` as a matrix product: oneDNN's convolution is wrong for 16 or 24 channels on processors with AMX.
+
+        Seen in torch 2.11: a 4x4 convolution with stride 4 differs by more than its largest value.
+        """
+        k = self.proj.kernel_size[0]
+        patches = x.unflatten(2, (-1, k)).unflatten(4, (-1, k)).permute(0, 2, 4, 1, 3, 5).flatten(3)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class Downsample(nn.Module):
