@@ -130,9 +130,9 @@ def test_a_defect_keeps_its_traceback():
 def test_a_defect_of_ours_keeps_its_traceback_where_mmengine_builds(monkeypatch):
     init_default_scope('mmseg')
     # The end of one of our modules, with a defect: it calls a method that does not exist.
-    code = compile('def _freeze(self):\n    self.frozen_module()', str(ROOT / 'mmseg_volo/models/volo.py'), 'exec')
+    code = compile('def freeze(self):\n    self.frozen_module()', str(ROOT / 'mmseg_volo/models/volo.py'), 'exec')
     exec(code, planted := {})
-    monkeypatch.setattr(VOLO, '_freeze', planted['_freeze'])
+    monkeypatch.setattr(VOLO, 'freeze', planted['freeze'])
     with pytest.raises(AttributeError, match='frozen_module'), one_sentence_errors():
         MODELS.build(dict(type='VOLO', arch='tiny'))
 

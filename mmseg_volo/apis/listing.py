@@ -1,7 +1,7 @@
 """Tables of the configs and of the backbones that come with the package."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatch
 from importlib.util import find_spec
 
@@ -53,14 +53,16 @@ def list_configs(pattern: str = '*') -> None:
 
 def list_models() -> None:
     """Print Markdown tables of the backbones: sizes, parameters and multiply-adds counted by PyTorch."""
-    _print_table(VOLO, ARCHITECTURES, dict(blocks='layers', widths='embed_dims', heads='num_heads'))
+    _print_table(VOLO, 'VOLO', ARCHITECTURES, dict(blocks='layers', widths='embed_dims', heads='num_heads'))
     print()
-    _print_table(CoAtNet, COATNET_ARCHITECTURES, dict(blocks='depths', widths='widths', stem='stem_widths'))
+    _print_table(CoAtNet, 'CoAtNet', COATNET_ARCHITECTURES, dict(blocks='depths', widths='widths', stem='stem_widths'))
 
 
-def _print_table(backbone: type[Backbone], archs: Mapping[str, Mapping], sizes: Mapping[str, str]) -> None:
+def _print_table(
+    backbone: Callable[..., Backbone], name: str, archs: Mapping[str, Mapping], sizes: Mapping[str, str]
+) -> None:
     """Print a row per arch of ``backbone``; ``sizes`` are columns and keys of the settings."""
-    columns = [backbone.__name__, *sizes, 'parameters, M', 'GMACs at 512²', 'GMACs at 1024²', 'strides']
+    columns = [name, *sizes, 'parameters, M', 'GMACs at 512²', 'GMACs at 1024²', 'strides']
     print(f'| {" | ".join(columns)} |\n|{"---|" * len(columns)}')
     for arch, settings in archs.items():
         with torch.device('meta'):
@@ -71,7 +73,7 @@ def _print_table(backbone: type[Backbone], archs: Mapping[str, Mapping], sizes: 
         print(f'| {arch} | {" | ".join(cells)} | {", ".join(map(str, model.out_strides))} |')
 
 
-def _gmacs(backbone: type[Backbone], arch: str, size: int) -> float:
+def _gmacs(backbone: Callable[..., Backbone], arch: str, size: int) -> float:
     """Multiply-adds of one forward pass for a ``size`` x ``size`` image, in billions."""
     with torch.device('meta'), FlopCounterMode(display=False) as counter, torch.no_grad():
         backbone(arch=arch, img_size=size).eval()(torch.empty(1, 3, size, size))

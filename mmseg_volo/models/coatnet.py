@@ -77,7 +77,7 @@ _SIZES: dict[str, dict[str, Any]] = {
 COATNET_ARCHITECTURES: dict[str, dict[str, Any]] = {name: FORM | sizes for name, sizes in _SIZES.items()}
 STRIDES = (4, 8, 16, 32)
 RESIZE = dict(geometric=resize_geometric, bilinear=resize_bilinear)
-_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = dict(gelu=nn.GELU, silu=nn.SiLU, relu=nn.ReLU)
+_ACTIVATIONS: dict[str, type[nn.Module]] = dict(gelu=nn.GELU, silu=nn.SiLU, relu=nn.ReLU)
 _POOLS: dict[str, Callable[[], nn.Module]] = dict(
     avg2=partial(nn.AvgPool2d, 2), max2=partial(nn.MaxPool2d, 2), max=partial(nn.MaxPool2d, 3, 2, 1)
 )
@@ -295,7 +295,7 @@ class CoAtNet(Backbone):
     ):
         settings = architecture_settings(arch)
         depths, widths = settings['depths'], settings['widths']
-        size = sides(img_size)
+        height, width = sides(img_size)
         if table_resize not in RESIZE:
             raise UserError(f'table_resize must be one of {sorted(RESIZE)}, got {table_resize!r}')
         resize = RESIZE[table_resize]
@@ -317,7 +317,7 @@ class CoAtNet(Backbone):
         in_dim = settings['stem_widths'][1]
         for i in range(out_indices[-1] + 1):
             blocks: list[nn.Module] = []
-            grid = tuple(ceil_div(side, 32) * 32 // STRIDES[i] for side in size)
+            grid = ceil_div(height, 32) * 32 // STRIDES[i], ceil_div(width, 32) * 32 // STRIDES[i]
             for j in range(depths[i]):
                 stride = 1 if j else 2
                 if i < 2:
@@ -340,8 +340,8 @@ class CoAtNet(Backbone):
         # With channels_last the tokens are contiguous, which LayerNorm and attention need not copy.
         x = self.maybe_checkpointed(self.stem, x.contiguous(memory_format=torch.channels_last))
         outputs = []
-        for i, stage in enumerate(self.stages):
-            for block in stage['blocks']:
+        for i, blocks in enumerate(self._blocks()):
+            for block in blocks:
                 x = self.maybe_checkpointed(block, x)
             if i in self.out_indices:
                 y = getattr(self, f'norm{i}')(x)
@@ -354,10 +354,15 @@ class CoAtNet(Backbone):
 
     def layers(self) -> list[list[nn.Module | nn.Parameter]]:
         """The stem, then the blocks."""
-        return [[self.stem], *([block] for stage in self.stages for block in stage['blocks'])]
+        found: list[list[nn.Module | nn.Parameter]] = [[self.stem]]
+        return found + [[block] for blocks in self._blocks() for block in blocks]
+
+    def _blocks(self) -> list[list[nn.Module]]:
+        """Blocks of each stage."""
+        return [list(stage.get_submodule('blocks').children()) for stage in self.stages]
 
 
-def _fold_table(module: nn.Module, state: dict, prefix: str, *_: object) -> None:
+def _fold_table(module: Any, state: dict, prefix: str, *_: object) -> None:
     """Give timm's table ``[positions, heads]`` its rows and columns."""
     name = f'{prefix}relative_position_bias_table'
     own = module.relative_position_bias_table
