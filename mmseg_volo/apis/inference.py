@@ -1,6 +1,5 @@
 """Inference: segment images and videos."""
 
-import glob
 import os
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -14,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .._device import resolve_device
-from .._files import distinct_names, whole
+from .._files import IMAGE_SUFFIXES, distinct_names, find_files, whole
 from ..config import check_tta, load_config, make_writable
 from ..errors import UserError
 from ..visualization import label_png, overlay, save_whole, with_legend
@@ -22,7 +21,6 @@ from .predictor import Picture, Predictor, Undecodable
 from .threads import in_threads
 from .video import VIDEO_SUFFIXES, segment_video
 
-IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
 WRITERS = min(4, max(1, (os.cpu_count() or 1) // 2))  # threads: a GPU computes faster than one core compresses
 RESULTS = {'labels': 'pred', 'overlay': 'vis', 'prob': 'prob'}  # kinds of results and their folders
 
@@ -100,32 +98,8 @@ def infer(
 
 def _outputs(images: Sequence[str], out_dir: str) -> dict[str, str]:
     """Input files and their output names: the stem, preceded by folders where stems repeat."""
-    files: list[str] = []
-    for item in images:
-        if os.path.isdir(item):
-            suffixes = IMAGE_SUFFIXES + VIDEO_SUFFIXES
-            inside = _matches(os.path.join(glob.escape(item), '**'), out_dir)
-            found = [path for path in inside if path.lower().endswith(suffixes)]
-            if not found:
-                raise UserError(f'folder {item} has no images and no videos ({", ".join(suffixes)})')
-        elif os.path.isfile(item):
-            found = [item]
-        else:
-            found = _matches(item, out_dir)
-            if not found:
-                raise UserError(f'no image, video, folder or pattern matches {item}')
-        files += found
-    return distinct_names(list({os.path.abspath(file): file for file in files}.values()))
-
-
-def _matches(pattern: str, out_dir: str) -> list[str]:
-    """Matching files, except the results of an earlier run."""
-    written = [os.path.abspath(os.path.join(out_dir, folder)) for folder in RESULTS.values()]
-    return [
-        path
-        for path in sorted(glob.glob(pattern, recursive=True))
-        if os.path.isfile(path) and not any(Path(os.path.abspath(path)).is_relative_to(folder) for folder in written)
-    ]
+    written = [os.path.join(out_dir, folder) for folder in RESULTS.values()]
+    return distinct_names(find_files(images, {'image': IMAGE_SUFFIXES, 'video': VIDEO_SUFFIXES}, written))
 
 
 def _is_video(path: str) -> bool:

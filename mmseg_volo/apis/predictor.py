@@ -15,6 +15,7 @@ from mmseg.registry import DATASETS, MODELS
 from mmseg.structures import SegDataSample
 from torch import Tensor
 
+from .._device import mixed_precision
 from ..config import data_sets, without_steps
 from ..errors import UserError
 from ..models.pretrained import load_segmentor
@@ -122,7 +123,7 @@ class Predictor:
         images = [picture.image for picture in batch]
         outputs: Iterator[Any] = self._segmented(images, probabilities) if self.segments else map(self._tested, images)
         for image in images:
-            with self._autocast():
+            with mixed_precision(self.device, self.amp):
                 output = next(outputs)
             if not self.segments and not probabilities:
                 yield output.pred_sem_seg.data.reshape(image.shape[:2]).byte().cpu().numpy(), None
@@ -146,11 +147,6 @@ class Predictor:
         for to, rows in zip(prob.split(ROWS, 1), logits.split(ROWS, 1), strict=True):  # never all rows in float32
             to.copy_(rows.softmax(0))
         return best_class(logits).byte().numpy(), prob.numpy()
-
-    def _autocast(self) -> torch.autocast:
-        kind = torch.device(self.device).type
-        lacks_bfloat16 = kind == 'cuda' and not torch.cuda.is_bf16_supported()
-        return torch.autocast(kind, torch.float16 if lacks_bfloat16 else torch.bfloat16, enabled=self.amp)
 
 
 def _is_odd(image: np.ndarray) -> bool:

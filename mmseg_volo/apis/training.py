@@ -62,7 +62,7 @@ def train(
     _check_batch(cfg)
     check_data(cfg, ('train', 'val') if cfg.get('val_dataloader') else ('train',))
     set_work_dir(cfg, config, work_dir)
-    return run_training(cfg, resume, seed, deterministic, verbose)
+    return run_training(cfg, resume, seed, deterministic, verbose, compile)
 
 
 def set_options(cfg: Config, name: str, amp: bool, auto_scale_lr: bool) -> None:
@@ -75,7 +75,9 @@ def set_options(cfg: Config, name: str, amp: bool, auto_scale_lr: bool) -> None:
         cfg.auto_scale_lr.enable = True
 
 
-def run_training(cfg: Config, resume: str | None, seed: int | None, deterministic: bool, verbose: bool) -> Runner:
+def run_training(
+    cfg: Config, resume: str | None, seed: int | None, deterministic: bool, verbose: bool, compile: bool = False
+) -> Runner:
     """Train the model of a checked config in ``cfg.work_dir``; see ``train``."""
     cfg.resume = resume is not None
     kept_seed = _find_start(cfg, resume)

@@ -7,6 +7,7 @@ mmseg.
 """
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from mmcv.cnn import ConvModule
@@ -88,7 +89,7 @@ def _resized(module: ConvModule, maps: Sequence[Tensor], size: Sequence[int], al
             for x in maps
         ]
         return module(torch.cat(same, 1))
-    conv, norm = module.conv, module.norm if module.with_norm else None
+    conv, norm = module.conv, cast(Any, module.norm if module.with_norm else None)
     weight, bias, size = conv.weight, conv.bias, tuple(size)
     if _is_foldable(norm) and len(weight) * size[0] * size[1] >= FOLDED:
         weight, bias = fuse_conv_bn_weights(
