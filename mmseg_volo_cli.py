@@ -93,13 +93,13 @@ def _add_verbose(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_compile(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--compile', action='store_true', help='torch.compile the backbone; takes minutes to start')
+    parser.add_argument('--compile', action='store_true', help='torch.compile the backbone; no gain measured on a CPU')
 
 
 # The commands: arguments, then work. A command returns its exit status, or None for success.
 
 
-def _add_train(parser: argparse.ArgumentParser) -> None:
+def _add_pretrain(parser: argparse.ArgumentParser) -> None:
     _add_config(parser)
     parser.add_argument('--work-dir', metavar='DIR', help='checkpoints and logs (default: work_dirs/<config name>)')
     parser.add_argument(
@@ -113,9 +113,13 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate with the batch size')
     parser.add_argument('--seed', type=int, help='random seed for Python, NumPy and PyTorch')
     parser.add_argument('--deterministic', action='store_true', help='bit-identical results; slower on a GPU')
-    _add_compile(parser)
     _add_processes(parser)
     _add_verbose(parser)
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    _add_pretrain(parser)
+    _add_compile(parser)
 
 
 def _train(args: dict) -> None:
@@ -353,7 +357,7 @@ COMMANDS: dict[str, tuple[str, Callable, Callable]] = {
     'check-data': ("Check every image and label in a config's data sets.", _add_check_data, _check_data),
     'train': ('Train a segmentor.', _add_train, _train),
     'test': ("Measure a checkpoint on a config's test set.", _add_test, _test),
-    'pretrain': ('Train a classifier with token labels, from which segmentors can start.', _add_train, _pretrain),
+    'pretrain': ('Train a classifier with token labels, from which segmentors can start.', _add_pretrain, _pretrain),
     'make-token-labels': (
         'Write token labels for images with a timm classifier.',
         _add_make_token_labels,
