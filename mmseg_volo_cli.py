@@ -260,24 +260,36 @@ def _demo(args: dict) -> None:
     run_demo(**args)
 
 
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('pattern', nargs='?', default='*', help="such as 'volo_d1*' or 'rw'; all by default")
+    parser.add_argument(
+        '--measure',
+        nargs='*',
+        metavar='BACKBONE',
+        help='measure time and memory of the backbones that match these patterns (default: all); takes minutes',
+    )
+
+
+def _models(args: dict) -> None:
+    from mmseg_volo.apis.backbone_table import list_backbones
+
+    list_backbones(**args)
+
+
 def _add_configs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('pattern', nargs='?', default='*', help="such as 'volo_d1*' or 'camvid'; all by default")
+    _add_models(parser)
+    parser.add_argument('--backbones', action='store_true', help='list the backbones instead, as a Markdown table')
 
 
 def _configs(args: dict) -> None:
     from mmseg_volo.apis.listing import list_configs
+    from mmseg_volo.errors import UserError
 
-    list_configs(**args)
-
-
-def _add_nothing(parser: argparse.ArgumentParser) -> None:
-    pass
-
-
-def _models(args: dict) -> None:
-    from mmseg_volo.apis.listing import list_models
-
-    list_models(**args)
+    if args.pop('backbones'):
+        return _models(args)
+    if args.pop('measure') is not None:
+        raise UserError('--measure needs --backbones')
+    return list_configs(**args)
 
 
 def _add_toy_streets(parser: argparse.ArgumentParser) -> None:
@@ -353,7 +365,7 @@ def _completion(args: dict) -> int:
 COMMANDS: dict[str, tuple[str, Callable, Callable]] = {
     'demo': ('Train on generated street scenes, measure and save predictions, in minutes.', _add_demo, _demo),
     'configs': ('List the configs that come with mmseg_volo.', _add_configs, _configs),
-    'models': ('List the backbones with parameters and multiply-adds, as a Markdown table.', _add_nothing, _models),
+    'models': ('List the backbones as a Markdown table, as configs --backbones does.', _add_models, _models),
     'check-data': ("Check every image and label in a config's data sets.", _add_check_data, _check_data),
     'train': ('Train a segmentor.', _add_train, _train),
     'test': ("Measure a checkpoint on a config's test set.", _add_test, _test),
