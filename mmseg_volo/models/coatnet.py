@@ -334,8 +334,9 @@ class CoAtNet(Backbone):
                     mlp = partial(RelativeMLP, width=settings['rel_pos_width'])
                     rel_pos = mlp if settings['rel_pos'] == 'mlp' else partial(RelativeTable, grid=grid, resize=resize)
                     args = settings, rel_pos, attn_drop_rate, next(rates)
-                    blocks.append(Transformer(in_dim, widths[i], stride, *args))
-                    blocks[-1].recompute = recompute_activations
+                    block = Transformer(in_dim, widths[i], stride, *args)
+                    block.recompute = recompute_activations
+                    blocks.append(block)
                 in_dim = widths[i]
             self.stages.append(nn.ModuleDict(dict(blocks=nn.Sequential(*blocks))))
         for i in out_indices:  # pre-norm blocks do not normalise the residual stream
