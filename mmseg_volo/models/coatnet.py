@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..ops.biased_attention import biased_attention, biased_attention_reference
+from ..ops.recompute import norm_linear, norm_mlp
 from ..ops.relative_table import resize_bilinear, resize_geometric, table_grid
 from .backbone import Backbone, ResizedPerGrid, add, are_positive, ceil_div, drop_path_rates, sides
 from .pretrained import PretrainedFormat
@@ -201,10 +202,11 @@ class Attention(nn.Module):
         self.rel_pos = rel_pos(self.num_heads)
         self.proj = nn.Conv2d(inner, dim, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[B, in_dim, h, w]`` to ``[B, dim, h, w]``."""
-        B, _, h, w = x.shape
-        qkv = self.qkv(x).permute(0, 2, 3, 1).reshape(B, h * w, self.num_heads, 3, -1)
+    def forward(self, x: Tensor, norm: nn.Module, recompute: bool = False) -> Tensor:
+        """Normalise ``[B, in_dim, h, w]`` with ``norm``, which may pool, and map it to ``[B, dim, h, w]``."""
+        qkv = norm_linear(x, norm, self.qkv) if recompute else self.qkv(norm(x))
+        B, _, h, w = qkv.shape
+        qkv = qkv.permute(0, 2, 3, 1).reshape(B, h * w, self.num_heads, 3, -1)
         q, k, v = qkv.permute(3, 0, 2, 1, 4).unbind(0)  # B, heads, h * w, d
         table = self.rel_pos((h, w)).permute(2, 0, 1)
         if self.training and self.attn_drop:
@@ -241,12 +243,15 @@ class Transformer(nn.Module):
         self.mlp = ConvMlp(dim, 4 * dim, act_layer=nn.GELU)
         self.ls2 = LayerScale2d(dim, scale) if scale else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.recompute = False
         self.apply(_init_linear)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, in_dim, h, w]`` to ``[B, dim, h / stride, w / stride]``."""
-        x = add(self.shortcut(x), self.drop_path(self.ls1(self.attn(self.norm1(x)))))
-        return add(x, self.drop_path(self.ls2(self.mlp(self.norm2(x)))))
+        recompute = self.recompute and not torch.compiler.is_compiling()  # Inductor decides what to store
+        x = add(self.shortcut(x), self.drop_path(self.ls1(self.attn(x, self.norm1, recompute))))
+        branch = norm_mlp(x, self.norm2, self.mlp) if recompute else self.mlp(self.norm2(x))
+        return add(x, self.drop_path(self.ls2(branch)))
 
 
 @MODELS.register_module()
@@ -271,6 +276,8 @@ class CoAtNet(Backbone):
             norms are always trained, because no ImageNet checkpoint has them.
         norm_eval: keep all BatchNorms in eval mode during training.
         with_cp: recompute the stem and each block in the backward pass instead of storing their activations.
+        recompute_activations: recompute the outputs of LayerNorm and GELU of attention blocks in the backward pass, as
+            in ``VOLO``. The first block of a stage stores those of its first norm, which it pools.
         init_cfg: ``dict(type='Pretrained', checkpoint=...)``, see ``docs/weights.md``, or another of mmengine's.
 
     Raises:
@@ -291,6 +298,7 @@ class CoAtNet(Backbone):
         frozen_stages: int = -1,
         norm_eval: bool = False,
         with_cp: bool = False,
+        recompute_activations: bool = True,
         init_cfg: dict | list[dict] | None = None,
     ):
         settings = architecture_settings(arch)
@@ -326,7 +334,9 @@ class CoAtNet(Backbone):
                     mlp = partial(RelativeMLP, width=settings['rel_pos_width'])
                     rel_pos = mlp if settings['rel_pos'] == 'mlp' else partial(RelativeTable, grid=grid, resize=resize)
                     args = settings, rel_pos, attn_drop_rate, next(rates)
-                    blocks.append(Transformer(in_dim, widths[i], stride, *args))
+                    block = Transformer(in_dim, widths[i], stride, *args)
+                    block.recompute = recompute_activations
+                    blocks.append(block)
                 in_dim = widths[i]
             self.stages.append(nn.ModuleDict(dict(blocks=nn.Sequential(*blocks))))
         for i in out_indices:  # pre-norm blocks do not normalise the residual stream

@@ -3,14 +3,15 @@
 A transformer block then stores 9 C numbers per token instead of 14 C, and recomputes two element-wise operations. The
 results equal those of the plain modules. Under autocast, matrix products run in its dtype and LayerNorm in the dtype of
 its input. A module that has hooks or parametrizations, or that was replaced (by a LoRA adapter, for example), is called
-as usual, and its outputs are stored.
+as usual, and its outputs are stored. Tokens are ``[B, H, W, C]``, or maps ``[B, C, H, W]`` where the modules are timm's
+``LayerNorm2d`` and 1x1 convolutions.
 """
 
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
+from timm.layers import ConvMlp, LayerNorm2d, Mlp
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -20,9 +21,11 @@ from .plain import is_plain
 
 def norm_linear(x: Tensor, norm: nn.Module, linear: nn.Module) -> Tensor:
     """``linear(norm(x))``, for which only ``x`` is stored."""
-    if not (_is_plain_norm(norm) and is_plain(linear, nn.Linear)):
+    maps = type(norm) is LayerNorm2d
+    if not (_is_plain_norm(norm, maps) and _is_plain_linear(linear, maps)):
         return linear(norm(x))
-    return _NormLinear.apply(x, norm.weight, norm.bias, norm.eps, linear.weight, linear.bias, _matmul_dtype(x))
+    parameters = (norm.weight, norm.bias, norm.eps, linear.weight.flatten(1), linear.bias)
+    return _on_tokens(maps, _NormLinear, x, *parameters)
 
 
 def norm_linear_pool(x: Tensor, norm: nn.Module, linear: nn.Module, pool: nn.Module) -> tuple[Tensor, Tensor]:
@@ -35,23 +38,42 @@ def norm_linear_pool(x: Tensor, norm: nn.Module, linear: nn.Module, pool: nn.Mod
 
 
 def norm_mlp(x: Tensor, norm: nn.Module, mlp: nn.Module) -> Tensor:
-    """``mlp(norm(x))`` for timm's ``Mlp``, for which only ``x`` and the output of ``fc1`` are stored."""
-    if not (_is_plain_norm(norm) and _is_plain_mlp(mlp)):
+    """``mlp(norm(x))`` for timm's ``Mlp`` or ``ConvMlp``; only ``x`` and the output of ``fc1`` are stored."""
+    maps = type(norm) is LayerNorm2d
+    if not (_is_plain_norm(norm, maps) and _is_plain_mlp(mlp, maps)):
         return mlp(norm(x))
     fc1, fc2 = mlp.fc1, mlp.fc2
-    parameters = (norm.weight, norm.bias, norm.eps, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
-    return _NormMlp.apply(x, *parameters, _matmul_dtype(x))
+    parameters = (norm.weight, norm.bias, norm.eps, fc1.weight.flatten(1), fc1.bias, fc2.weight.flatten(1), fc2.bias)
+    return _on_tokens(maps, _NormMlp, x, *parameters)
 
 
-def _is_plain_norm(norm: nn.Module) -> bool:
-    return is_plain(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
+def _on_tokens(maps: bool, function: type[torch.autograd.Function], x: Tensor, *parameters: Tensor | float) -> Tensor:
+    """Apply ``function`` to tokens, or to the tokens of maps."""
+    if not maps:
+        return function.apply(x, *parameters, _matmul_dtype(x))
+    return function.apply(x.permute(0, 2, 3, 1), *parameters, _matmul_dtype(x)).permute(0, 3, 1, 2)
 
 
-def _is_plain_mlp(mlp: nn.Module) -> bool:
+def _is_plain_norm(norm: nn.Module, maps: bool = False) -> bool:
+    return is_plain(norm, LayerNorm2d if maps else nn.LayerNorm) and norm.weight is not None and norm.bias is not None
+
+
+def _is_plain_linear(module: nn.Module, maps: bool) -> bool:
+    if not maps:
+        return is_plain(module, nn.Linear)
     return (
-        is_plain(mlp, Mlp)
-        and all(is_plain(linear, nn.Linear) and linear.bias is not None for linear in (mlp.fc1, mlp.fc2))
-        and all(is_plain(drop, nn.Dropout) and drop.p == 0 for drop in (mlp.drop1, mlp.drop2))
+        is_plain(module, nn.Conv2d)
+        and module.kernel_size == module.stride == (1, 1)
+        and module.groups == 1
+        and module.padding == (0, 0)
+    )
+
+
+def _is_plain_mlp(mlp: nn.Module, maps: bool) -> bool:
+    return (
+        is_plain(mlp, ConvMlp if maps else Mlp)
+        and all(_is_plain_linear(linear, maps) and linear.bias is not None for linear in (mlp.fc1, mlp.fc2))
+        and all(is_plain(drop, nn.Dropout) and drop.p == 0 for drop in ([mlp.drop] if maps else [mlp.drop1, mlp.drop2]))
         and is_plain(mlp.act, nn.GELU)
         and mlp.act.approximate == 'none'
         and is_plain(mlp.norm, nn.Identity)
