@@ -65,7 +65,7 @@ def profile_step(
             return sum(value for key, value in losses.items() if 'loss' in key)
 
         parts.measure(f"{name}'s loss at full size", loss, logits, head)
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), fused=cfg.optim_wrapper.optimizer.get('fused'))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # creates its state
