@@ -15,7 +15,7 @@ def main() -> None:
     text = (DOCS / 'performance.md').read_text().split('## Where the time of a step goes')[1].split('\n## ')[0]
     rows = re.findall(r'^\| ([a-z ,]+) \| ([\d.]+) \| ([\d.]+) \|', text, re.MULTILINE)
     figure = Figure((7.5, 2.2), facecolor='white')
-    axes = figure.add_axes((0.16, 0.24, 0.8, 0.52))
+    axes = figure.add_axes((0.19, 0.24, 0.78, 0.52))
     names = ["mmseg's heads", 'these heads']
     start = [0.0, 0.0]
     for name, *seconds in rows:
@@ -24,7 +24,7 @@ def main() -> None:
         values = [float(value) for value in seconds]
         axes.barh(names, values, left=start, color=COLOURS[name], label=name)
         for row, value in enumerate(values):
-            if value > 2:
+            if value > 4:
                 axes.text(start[row] + value / 2, row, f'{value:.0f} s', ha='center', va='center', color='white')
             start[row] += value
     axes.invert_yaxis()
