@@ -136,6 +136,15 @@ def test_mixed_precision_is_close_but_not_equal(place, checkpoint, tmp_path):
     assert 0 < np.abs(single - mixed).mean() < 0.01
 
 
+@pytest.mark.parametrize('kind', [None, 'NoSuchDataset'])
+def test_classes_that_neither_checkpoint_nor_config_names_are_one_sentence(kind, place, tmp_path):
+    path = tmp_path / 'weights.pth'
+    torch.save(torch.load(saved(tmp_path / 'random.pth', {}))['state_dict'], path)
+    with pytest.raises(UserError, match=f'does not name its classes.*{kind!r}'):
+        options = {'test_dataloader.dataset.type': kind}
+        infer(CONFIG, str(path), [str(scenes(place)[0])], str(tmp_path / 'out'), cfg_options=options)
+
+
 # Files of all kinds. At opacity 0 an overlay is the image as it was decoded.
 
 

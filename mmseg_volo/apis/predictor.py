@@ -66,7 +66,7 @@ class Predictor:
             warnings.simplefilter('ignore')  # without a checkpoint mmseg guesses the classes; they are set below
             self.model = init_model(cfg, checkpoint=None, device='cpu')
         meta = load_segmentor(self.model, checkpoint).get('dataset_meta')
-        meta = meta or DATASETS.get(cfg.test_dataloader.dataset.type).METAINFO
+        meta = meta or _classes_of(data_sets(cfg.test_dataloader.dataset)[0])
         self.classes, self.palette = meta['classes'], meta['palette']
         self.model.to(device)
         if compiled:
@@ -147,6 +147,17 @@ class Predictor:
         for to, rows in zip(prob.split(ROWS, 1), logits.split(ROWS, 1), strict=True):  # never all rows in float32
             to.copy_(rows.softmax(0))
         return best_class(logits).byte().numpy(), prob.numpy()
+
+
+def _classes_of(dataset: dict) -> dict:
+    """``METAINFO`` of a data set's config, for checkpoints that do not name their classes."""
+    kind = dataset.get('type')
+    found = DATASETS.get(kind) if isinstance(kind, str) else kind
+    if not hasattr(found, 'METAINFO'):
+        raise UserError(
+            f'the checkpoint does not name its classes, and neither does test_dataloader.dataset: its type is {kind!r}'
+        )
+    return found.METAINFO
 
 
 def _is_odd(image: np.ndarray) -> bool:
