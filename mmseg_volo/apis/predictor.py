@@ -152,7 +152,7 @@ class Predictor:
 def _classes_of(dataset: dict) -> dict:
     """``METAINFO`` of a data set's config, for checkpoints that do not name their classes."""
     kind = dataset.get('type')
-    found = DATASETS.get(kind) if isinstance(kind, str) else kind
+    found: Any = DATASETS.get(kind) if isinstance(kind, str) else kind
     if not hasattr(found, 'METAINFO'):
         raise UserError(
             f'the checkpoint does not name its classes, and neither does test_dataloader.dataset: its type is {kind!r}'
