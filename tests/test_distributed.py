@@ -243,7 +243,7 @@ def test_a_mistake_that_all_processes_make_is_said_once(tmp_path):
     )
     assert done.returncode != 0
     assert done.stderr.count('error: config not found: nowhere.py') == 1
-    assert 'mmseg_volo_cli.py", line' not in done.stderr
+    assert 'mmseg_volo_cli/__init__.py", line' not in done.stderr
 
 
 # Messages of PyTorch 2.11 after a process was killed or stopped responding; NCCL's is from its source code.

@@ -49,7 +49,7 @@ def test_the_wheel_holds_every_config_and_data_file(place):
     configs = {Path('configs') / path.relative_to(ROOT / 'configs') for path in (ROOT / 'configs').rglob('*.py')}
     data = {Path('py.typed'), Path('evaluation/report.html.j2'), Path('ops/outlook/cpu.cpp')}
     assert len(configs) > 30 and configs | data <= installed
-    assert {path.name for path in (place / 'site').iterdir()} >= {'mmseg_volo', 'mmseg_volo_cli.py'}
+    assert {path.name for path in (place / 'site').iterdir()} >= {'mmseg_volo', 'mmseg_volo_cli'}
     assert not (place / 'site/tests').exists() and not (place / 'site/configs').exists()
 
 

@@ -180,7 +180,7 @@ def a_dead_process_is_replaced_and_then_ends_the_run(folder: Path, report: Repor
     cause = output.rpartition('Root Cause')[2]
     named = 'rank      : 1' in cause and 'SIGKILL' in cause
     report.row('    rank and reason', 'rank 1, SIGKILL' if named else 'not named', 'named', named)
-    ours = output.count('mmseg_volo_cli.py", line')
+    ours = output.count('mmseg_volo_cli/__init__.py", line')
     report.row('    tracebacks of ours', ours, 0, ours == 0)
 
 

@@ -1,0 +1,86 @@
+"""Commands that measure models and use them."""
+
+import argparse
+
+from .arguments import DEFAULT, add_checkpoint, add_compile, add_config, add_device, add_processes, add_verbose
+
+
+def _add_test(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
+    add_checkpoint(parser)
+    parser.add_argument('--out-dir', metavar='DIR', help='scores and report.html (default: the work dir)')
+    parser.add_argument('--show-dir', metavar='DIR', help='save image, ground truth and prediction side by side')
+    parser.add_argument('--tta', action='store_true', help='average predictions over several scales and flips')
+    parser.add_argument('--compare', metavar='JSON', help='metrics.json of another run to compare with')
+    parser.add_argument(
+        '--format',
+        dest='server_format',
+        choices=['cityscapes', 'ade20k'],
+        help="write label maps for the benchmark's server instead of scores",
+    )
+    parser.add_argument('--work-dir', metavar='DIR', help='logs (default: work_dirs/<config name>)')
+    add_processes(parser)
+    add_verbose(parser)
+
+
+def _test(args: dict) -> None:
+    from mmseg_volo.apis import test
+
+    test(**args)
+
+
+def _add_infer(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
+    add_checkpoint(parser)
+    parser.add_argument('images', nargs='+', help='images, videos, folders (with subfolders) or patterns')
+    parser.add_argument('--out-dir', default='out', metavar='DIR', help='gets vis/, pred/ and prob/ ' + DEFAULT)
+    parser.add_argument(
+        '--save',
+        nargs='+',
+        choices=['labels', 'overlay', 'prob'],
+        default=['labels', 'overlay'],
+        help='results to save (default: labels overlay)',
+    )
+    parser.add_argument('--opacity', type=float, default=0.55, help='opacity of the overlay, 0 to 1 ' + DEFAULT)
+    parser.add_argument('--tta', action='store_true', help='average predictions over several scales and flips')
+    parser.add_argument('--amp', action='store_true', help='mixed precision: bfloat16, or float16 on older GPUs')
+    add_compile(parser)
+    add_device(parser, numbered=True)
+
+
+def _infer(args: dict) -> int:
+    from mmseg_volo.apis import infer
+
+    undecoded = infer(**args)
+    return 1 if undecoded else 0
+
+
+def _add_classify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('model', help="timm's name of the classifier, such as volo_d1_224")
+    parser.add_argument('checkpoint', help='its weights: a path, a URL or timm://NAME')
+    parser.add_argument('images', nargs='*', default=[], help='images, folders (with subfolders) or patterns')
+    parser.add_argument('--imagenet', metavar='DIR', help='measure on the 1,000 class folders of ImageNet in DIR')
+    parser.add_argument(
+        '--labels',
+        choices=['val', 'real', 'v2'],
+        default='val',
+        help='labels for --imagenet: the original ones, ReaL, or those of ImageNet-V2 ' + DEFAULT,
+    )
+    parser.add_argument('--out', metavar='JSON', help='also write the results to this file')
+    parser.add_argument('--batch-size', type=int, default=32, help='images per forward pass ' + DEFAULT)
+    parser.add_argument('--workers', type=int, help='processes that decode images (default: one per core, at most 4)')
+    parser.add_argument('--amp', action='store_true', help='mixed precision: bfloat16, or float16 on older GPUs')
+    add_device(parser, numbered=True)
+
+
+def _classify(args: dict) -> int:
+    from mmseg_volo.apis.classification import classify
+
+    return 1 if classify(**args).get('skipped') else 0
+
+
+COMMANDS = {
+    'test': ("Measure a checkpoint on a config's test set.", _add_test, _test),
+    'infer': ('Segment images and videos: overlays, label maps, probabilities.', _add_infer, _infer),
+    'classify': ('Classify images, or measure a classifier on ImageNet.', _add_classify, _classify),
+}
