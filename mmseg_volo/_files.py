@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from .errors import UserError
 
@@ -24,6 +25,19 @@ def whole(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_with_companions(path: Path) -> Iterator[Path]:
+    """As ``whole``, for a file beside which others may be written, whose names begin with its own.
+
+    The yielded path has the same name in a new folder; ``path`` appears last.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=PARTIAL, dir=path.parent) as folder:
+        yield Path(folder, path.name)
+        for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):
+            os.replace(file, path.with_name(file.name))
 
 
 def file_sha256(path: Path) -> str:

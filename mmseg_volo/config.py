@@ -173,11 +173,12 @@ def make_writable(folder: str | Path) -> Path:
     return folder
 
 
-def output_path(out: str, suffix: str = '.png') -> Path:
+def output_path(out: str, *suffixes: str) -> Path:
     """Path of the output file ``out``; raises ``UserError`` for another suffix or a folder that is not writable."""
     path = Path(out)
-    if path.suffix != suffix or path.is_dir():
-        raise UserError(f'--out must be a {suffix} file, got {out}')
+    suffixes = suffixes or ('.png',)
+    if path.suffix not in suffixes or path.is_dir():
+        raise UserError(f'--out must be a {" or ".join(suffixes)} file, got {out}')
     make_writable(path.parent)
     return path
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from . import data, listing, measuring, training, using
+from . import data, exporting, listing, measuring, training, using
 
 
 class _Parser(argparse.ArgumentParser):
@@ -64,6 +64,7 @@ Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[dict],
 COMMANDS: dict[str, Command] = {
     **training.COMMANDS,
     **using.COMMANDS,
+    **exporting.COMMANDS,
     **data.COMMANDS,
     **listing.COMMANDS,
     **measuring.COMMANDS,

@@ -27,7 +27,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('checkpoint', help='a checkpoint trained with this config')
+    parser.add_argument('checkpoint', help='a checkpoint trained with this config, or an exported file')
 
 
 def add_device(parser: argparse.ArgumentParser, numbered: bool = False) -> None:
@@ -35,6 +35,10 @@ def add_device(parser: argparse.ArgumentParser, numbered: bool = False) -> None:
         parser.add_argument('--device', default='auto', help='auto, cpu, cuda or cuda:N ' + DEFAULT)
     else:
         parser.add_argument('--device', choices=['auto', 'cpu', 'cuda'], default='auto', help=DEFAULT)
+
+
+def add_openvino(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--openvino', action='store_true', help='run an .onnx file with OpenVINO, not ONNX Runtime')
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,16 @@
 
 import argparse
 
-from .arguments import DEFAULT, add_checkpoint, add_compile, add_config, add_device, add_processes, add_verbose
+from .arguments import (
+    DEFAULT,
+    add_checkpoint,
+    add_compile,
+    add_config,
+    add_device,
+    add_openvino,
+    add_processes,
+    add_verbose,
+)
 
 
 def _add_test(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +28,7 @@ def _add_test(parser: argparse.ArgumentParser) -> None:
         help="write label maps for the benchmark's server instead of scores",
     )
     parser.add_argument('--work-dir', metavar='DIR', help='logs (default: work_dirs/<config name>)')
+    add_openvino(parser)
     add_processes(parser)
     add_verbose(parser)
 
@@ -45,6 +55,7 @@ def _add_infer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--tta', action='store_true', help='average predictions over several scales and flips')
     parser.add_argument('--amp', action='store_true', help='mixed precision: bfloat16, or float16 on older GPUs')
     add_compile(parser)
+    add_openvino(parser)
     add_device(parser, numbered=True)
 
 
@@ -57,7 +68,7 @@ def _infer(args: dict) -> int:
 
 def _add_classify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('model', help="timm's name of the classifier, such as volo_d1_224")
-    parser.add_argument('checkpoint', help='its weights: a path, a URL or timm://NAME')
+    parser.add_argument('checkpoint', help='its weights: a path, a URL or timm://NAME; or an exported file')
     parser.add_argument('images', nargs='*', default=[], help='images, folders (with subfolders) or patterns')
     parser.add_argument('--imagenet', metavar='DIR', help='measure on the 1,000 class folders of ImageNet in DIR')
     parser.add_argument(
@@ -70,6 +81,7 @@ def _add_classify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--batch-size', type=int, default=32, help='images per forward pass ' + DEFAULT)
     parser.add_argument('--workers', type=int, help='processes that decode images (default: one per core, at most 4)')
     parser.add_argument('--amp', action='store_true', help='mixed precision: bfloat16, or float16 on older GPUs')
+    add_openvino(parser)
     add_device(parser, numbered=True)
 
 

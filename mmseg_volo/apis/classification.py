@@ -17,13 +17,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .._device import mixed_precision, resolve_device
+from .._device import mixed_precision
 from .._files import IMAGE_SUFFIXES, file_sha256, find_files, whole
 from .._version import __version__
 from ..checkpoints.download import local_copy
 from ..config import output_path
 from ..errors import UserError
 from ..evaluation.imagenet import CLASSES, IMAGES, PROMISED, Hits, LabelledImages, labelled_images
+from ..export.loading import device_for, exported_classifier
+from ..export.runtime import is_exported
 from ..models.named_classifiers import NamedClassifier, named_classifier
 
 TOP = 5
@@ -42,12 +44,13 @@ def classify(
     workers: int | None = None,
     device: str = 'auto',
     amp: bool = False,
+    openvino: bool = False,
 ) -> dict[str, Any]:
     """Print the five most probable classes of each picture, or the accuracy on ImageNet.
 
     Args:
         model: name of the classifier, see ``named_classifier``; it decides how pictures are resized and normalised.
-        checkpoint: path, URL or ``timm://name`` of its weights, which must fit exactly.
+        checkpoint: path, URL or ``timm://name`` of its weights, which must fit exactly, or an exported file.
         images: files, folders with their subfolders, and glob patterns.
         imagenet: instead of ``images``, a folder of ImageNet's validation images, see ``labelled_images``.
         labels: ``'val'``, ``'real'`` or ``'v2'``: the labels for ``imagenet``.
@@ -56,6 +59,7 @@ def classify(
         workers: processes that decode pictures; 0 decodes in this process; by default up to 4, one per core.
         device: ``'auto'`` uses a GPU if one is available.
         amp: mixed precision: autocast to bfloat16, or to float16 on a GPU without bfloat16.
+        openvino: run an exported file with OpenVINO.
 
     Returns:
         What is written to ``out``. ``skipped`` lists the pictures that could not be decoded; each was reported by a
@@ -72,10 +76,15 @@ def classify(
     if workers is not None and workers < 0:
         raise UserError(f'--workers must be at least 0, got {workers}')
     path = None if out is None else output_path(out, '.json')
-    named = named_classifier(model, checkpoint)
+    device = device_for(checkpoint, device, openvino=openvino)
+    named = named_classifier(model, '' if is_exported(checkpoint) else checkpoint)
+    network: Callable[[Tensor], Tensor] | None = None
+    if is_exported(checkpoint):
+        network, named = exported_classifier(checkpoint, model, openvino, amp)
     labelled = labelled_images(imagenet, labels) if imagenet else None
     files = labelled.files if labelled else find_files(images, {'image': IMAGE_SUFFIXES})
-    classifier = _Classifier(named, checkpoint, resolve_device(device), amp, batch_size, workers)
+    network = network or named.load(checkpoint).to(device)
+    classifier = _Classifier(named, network, device, amp and not is_exported(checkpoint), batch_size, workers)
     result: dict[str, Any] = dict(
         model=named.name,
         weights=named.weights,
@@ -136,9 +145,15 @@ class _Classifier:
     """A model that classifies files in batches."""
 
     def __init__(
-        self, named: NamedClassifier, source: str, device: str, amp: bool, batch_size: int, workers: int | None
+        self,
+        named: NamedClassifier,
+        model: Callable[[Tensor], Tensor],
+        device: str,
+        amp: bool,
+        batch_size: int,
+        workers: int | None,
     ):
-        self.model = named.load(source).to(device)
+        self.model = model
         self.transform = create_transform(**named.data, is_training=False)
         self.device, self.amp, self.batch_size = device, amp, batch_size
         self.workers = min(MOST_WORKERS, os.cpu_count() or 1) if workers is None else workers
@@ -176,7 +191,7 @@ def _name_classes(classifier: _Classifier, files: Sequence[str]) -> tuple[list[d
             skipped.append(files[index])
         if not indices:
             continue
-        names = _class_names(logits.shape[1])
+        names = class_names(logits.shape[1])
         top = logits.softmax(1).topk(min(TOP, logits.shape[1]))
         for index, probabilities, classes in zip(indices, top.values.tolist(), top.indices.tolist(), strict=True):
             rows = [dict(probability=p, index=c, **names[c]) for p, c in zip(probabilities, classes, strict=True)]
@@ -190,7 +205,7 @@ def _name_classes(classifier: _Classifier, files: Sequence[str]) -> tuple[list[d
 
 
 @cache
-def _class_names(num_classes: int) -> list[dict[str, str]]:
+def class_names(num_classes: int) -> list[dict[str, str]]:
     """Per class its name and, if it is one of ImageNet's, its wnid."""
     subset = infer_imagenet_subset(dict(num_classes=num_classes))
     if subset is None:

@@ -12,10 +12,10 @@ import mmcv
 import numpy as np
 from tqdm import tqdm
 
-from .._device import resolve_device
 from .._files import IMAGE_SUFFIXES, distinct_names, find_files, whole
 from ..config import check_tta, load_config, make_writable
 from ..errors import UserError
+from ..export.loading import device_for
 from ..visualization import label_png, overlay, save_whole, with_legend
 from .predictor import Picture, Predictor, Undecodable
 from .threads import in_threads
@@ -36,6 +36,7 @@ def infer(
     tta: bool = False,
     amp: bool = False,
     compile: bool = False,
+    openvino: bool = False,
     cfg_options: dict | None = None,
 ) -> list[str]:
     """Segment images and videos. A video gives an overlay only.
@@ -49,6 +50,7 @@ def infer(
         tta: average over the scales and flips of the config's ``tta_pipeline``.
         amp: mixed precision: autocast to bfloat16, or to float16 on a GPU without bfloat16.
         compile: run the backbone under ``torch.compile``, which compiles once per size of picture or window.
+        openvino: run an exported file with OpenVINO.
 
     Returns:
         The files that could not be decoded, or only in part; each was reported by a warning.
@@ -67,7 +69,8 @@ def infer(
     cfg = load_config(config, cfg_options or {})
     if tta:
         check_tta(cfg, config)
-    predictor = Predictor(cfg, checkpoint, resolve_device(device), tta, amp, compile)
+    device = device_for(checkpoint, device, compile, openvino)
+    predictor = Predictor(cfg, checkpoint, device, tta, amp, compile, openvino)
     out = make_writable(out_dir)
     skipped, broken, start = [], [], time.perf_counter()
     results = _segment_files(outputs, out, predictor, opacity, save)

@@ -18,6 +18,8 @@ from torch import Tensor
 from .._device import mixed_precision
 from ..config import data_sets, without_steps
 from ..errors import UserError
+from ..export.loading import load_exported
+from ..export.runtime import is_exported
 from ..models.pretrained import load_segmentor
 from ..models.segmentor import best_class, compile_backbone, last_head
 
@@ -54,18 +56,32 @@ class Predictor:
 
     Args:
         cfg: a whole config.
-        checkpoint: the segmentor's weights.
+        checkpoint: the segmentor's weights, or an exported file.
         device: where the model runs.
         tta: average over the scales and flips of ``cfg.tta_pipeline``.
         amp: autocast to bfloat16, or to float16 on a GPU without bfloat16.
         compiled: run the backbone under ``torch.compile``.
+        openvino: run an exported file with OpenVINO.
     """
 
-    def __init__(self, cfg: Config, checkpoint: str, device: str, tta: bool, amp: bool, compiled: bool = False):
+    def __init__(
+        self,
+        cfg: Config,
+        checkpoint: str,
+        device: str,
+        tta: bool,
+        amp: bool,
+        compiled: bool = False,
+        openvino: bool = False,
+    ):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # without a checkpoint mmseg guesses the classes; they are set below
             self.model = init_model(cfg, checkpoint=None, device='cpu')
-        meta = load_segmentor(self.model, checkpoint).get('dataset_meta')
+        if is_exported(checkpoint):
+            dataset = data_sets(cfg.test_dataloader.dataset)[0]
+            meta, amp = load_exported(self.model, checkpoint, dataset, openvino, amp)['dataset_meta'], False
+        else:
+            meta = load_segmentor(self.model, checkpoint).get('dataset_meta')
         meta = meta or _classes_of(data_sets(cfg.test_dataloader.dataset)[0])
         self.classes, self.palette = meta['classes'], meta['palette']
         self.model.to(device)

@@ -31,6 +31,8 @@ from ..engine.console import runner_on_terminal
 from ..engine.distributed import join_processes
 from ..errors import UserError
 from ..evaluation.report import read_run, summary, write_results
+from ..export.loading import device_for, load_exported
+from ..export.runtime import is_exported
 from ..models.pretrained import load_segmentor
 
 SERVER_FORMATS = {
@@ -48,6 +50,7 @@ def test(
     tta: bool = False,
     compare: str | None = None,
     server_format: str | None = None,
+    openvino: bool = False,
     cfg_options: dict | None = None,
     launcher: str = 'none',
     verbose: bool = False,
@@ -56,7 +59,7 @@ def test(
 
     Args:
         config: a file, or the name of a shipped config.
-        checkpoint: a segmentor's weights; they must fit the config's model exactly.
+        checkpoint: a segmentor's weights, which must fit the config's model exactly, or an exported file.
         work_dir: folder for logs; ``work_dirs/<config name>`` by default.
         out_dir: folder for ``metrics.json``, ``report.html`` and the rest (docs/measuring.md); by default the work dir.
         show_dir: folder for one picture per image that shows image, truth and prediction.
@@ -64,6 +67,7 @@ def test(
         compare: ``metrics.json`` from another run on the same images.
         server_format: ``'cityscapes'`` or ``'ade20k'``: instead of measuring, write label maps in the format of that
             benchmark's server to a folder of that name in ``out_dir``. Needs no labels.
+        openvino: run an exported file with OpenVINO.
         cfg_options: values that override the config, by dotted key.
         launcher: how the processes of a distributed run were started: ``'pytorch'``, ``'slurm'`` or ``'mpi'``.
         verbose: print everything that goes into the log file.
@@ -75,6 +79,9 @@ def test(
         raise UserError(
             '--format neither measures nor reads labels, so --show-dir and --compare cannot be used with it'
         )
+    device_for(checkpoint, 'auto', openvino=openvino)
+    if is_exported(checkpoint) and launcher != 'none':
+        raise UserError(f'--launcher {launcher} does not go with {checkpoint}: an exported file runs in one process')
     cfg = load_config(config, cfg_options or {})
     config_sha256 = _sha256(cfg.pretty_text.encode())  # before this run's folders are set
     join_processes(cfg, launcher)
@@ -105,8 +112,11 @@ def test(
         model = runner.model
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
-        load_segmentor(model, checkpoint)
         dataset = runner.test_dataloader.dataset
+        if is_exported(checkpoint):
+            load_exported(model, checkpoint, data_sets(cfg.test_dataloader.dataset)[0], openvino)
+        else:
+            load_segmentor(model, checkpoint)
         if server_format:
             runner.test()
             if is_main_process():
@@ -129,7 +139,7 @@ def test(
                 checkpoint_sha256=file_sha256(Path(local_copy(str(checkpoint))).expanduser()),
                 seed=runner.seed,
                 date=datetime.now().isoformat(timespec='seconds'),
-                device=str(next(model.parameters()).device),
+                device=str(getattr(model, 'network', None) or next(model.parameters()).device),
                 versions={module.__name__: module.__version__ for module in (torch, mmengine, mmseg, timm, np)},
             )
             record['versions']['mmseg_volo'] = __version__

@@ -92,7 +92,7 @@ class VOLOClassifier(VOLO):
         """Class logits ``[B, K]`` and token logits ``[B, N, K]`` of images ``[B, 3, H, W]``; not yet added."""
         (feature_map,) = super().forward(x)
         x = feature_map.flatten(2).transpose(1, 2)  # B, N, C
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1)
         for block in self.post_network:
             x = block(x)
         x = self.norm(x)

@@ -21,6 +21,7 @@ from ..errors import UserError
 from ..ops.biased_attention import biased_attention, biased_attention_reference
 from ..ops.recompute import norm_linear, norm_mlp
 from ..ops.relative_table import resize_bilinear, resize_geometric, table_grid
+from ..ops.sizes import are_equal
 from .backbone import Backbone, ResizedPerGrid, add, are_positive, ceil_div, drop_path_rates, sides
 from .pretrained import PretrainedFormat
 
@@ -173,7 +174,7 @@ class RelativeTable(nn.Module):
     def forward(self, grid: tuple[int, int]) -> Tensor:
         """Return the bias ``[2h - 1, 2w - 1, heads]`` for a ``grid`` of (h, w) tokens."""
         table = self.relative_position_bias_table
-        return table if grid == self.grid else self._resized(table, grid)
+        return table if are_equal(grid, self.grid) else self._resized(table, grid)
 
 
 class RelativeMLP(nn.Module):

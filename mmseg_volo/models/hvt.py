@@ -15,6 +15,7 @@ from timm.layers import PatchEmbed, trunc_normal_
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..ops.sizes import are_equal
 from .backbone import Backbone, ResizedPerGrid, are_positive, ceil_div, drop_path_rates, init_linear, sides
 from .pretrained import PretrainedFormat
 from .volo import Transformer, resize_pos_embed
@@ -157,7 +158,7 @@ class HVT(Backbone):
 
     def _pos_embed(self, module: Any, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
         """The embedding of ``module`` for an image of ``grid`` patches and, with '2d', ``size`` tokens."""
-        if grid == self.grid:
+        if are_equal(grid, self.grid):
             return module.pos_embed
         return module.resized(module.pos_embed, size if self.pooling == '2d' else grid)
 

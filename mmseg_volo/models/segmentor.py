@@ -1,6 +1,6 @@
 """Segmentors that test images of any size in memory that does not grow with their area."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,12 @@ class SlidingSegmentor(EncoderDecoder):
     - ``weighting``: weights for averaging overlapping windows: ``'uniform'`` as in mmseg, or ``'hann'``, which prefers
       the middle of a window to its border and leaves no seams.
     - ``logits``: also return ``seg_logits``, float32 ``[classes, H, W]``, with each prediction.
+
+    ``network``, if set, runs in the place of backbone, neck and head: from normalised images ``[B, 3, H, W]`` to logits
+    ``[B, classes, H, W]``.
     """
+
+    network: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, *args, test_cfg: dict, data_preprocessor: dict, **kwargs):
         super().__init__(*args, test_cfg=test_cfg, data_preprocessor=data_preprocessor, **kwargs)
@@ -50,6 +55,10 @@ class SlidingSegmentor(EncoderDecoder):
         if self.data_preprocessor.test_cfg:
             raise UserError('data_preprocessor.test_cfg must be removed: it pads images, and VOLO pads them itself')
         self.window_batch = self.test_cfg.get('batch_size')
+
+    def encode_decode(self, inputs: Tensor, batch_img_metas: list[dict]) -> Tensor:
+        """Logits ``[B, classes, H, W]`` of normalised images ``[B, 3, H, W]``."""
+        return super().encode_decode(inputs, batch_img_metas) if self.network is None else self.network(inputs)
 
     @torch.no_grad()
     def test_step(self, data: dict) -> list[SegDataSample]:

@@ -21,6 +21,7 @@ from ..ops import outlook_attention
 from ..ops.plain import is_plain
 from ..ops.products import call_linear
 from ..ops.recompute import norm_linear, norm_linear_pool, norm_mlp
+from ..ops.sizes import are_equal
 from .backbone import Backbone, ResizedPerGrid, add, are_positive, ceil_div, drop_path_rates, init_linear, sides
 from .pretrained import PretrainedFormat
 
@@ -316,7 +317,7 @@ class VOLO(Backbone):
 
     def _pos_embed_for(self, h: int, w: int) -> Tensor:
         """Position embedding for h x w tokens."""
-        if self.pos_embed.shape[1:3] == (h, w):
+        if are_equal((h, w), self.pos_embed.shape[1:3]):
             return self.pos_embed
         return self._resized_pos_embed(self.pos_embed, (h, w))
 

@@ -48,6 +48,8 @@ def biased_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if device != 'meta' and q.dtype != torch.float64 and torch.is_autocast_enabled(device):
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
+    if torch.compiler.is_exporting():  # only operators that every runtime has
+        return biased_attention_reference(q, k, v, table, grid=grid, scale=scale)
     return biased_attention_op(q, k, v, table, *grid, scale)
 
 

@@ -4,6 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .sizes import are_equal, is_open
+
+LONGEST = 256  # tokens along one side of a grid that torch.export leaves open
+
 
 def resize_geometric(table: Tensor, grid: tuple[int, int]) -> Tensor:
     """Resize a table of relative biases so that nearby tokens keep theirs, as BEiT and timm do.
@@ -19,7 +23,7 @@ def resize_geometric(table: Tensor, grid: tuple[int, int]) -> Tensor:
         The table for ``grid``, ``[2h - 1, 2w - 1, heads]``, in the same dtype.
     """
     exact = _exact(table)
-    if table_grid(exact) == tuple(grid):
+    if are_equal(grid, table_grid(exact)):
         return exact.to(table.dtype)
     rows, columns = (_interpolation(old, 2 * new - 1).to(exact) for old, new in zip(exact.shape[:2], grid, strict=True))
     return torch.einsum('yh,hwn,xw->yxn', rows, exact, columns).contiguous().to(table.dtype)
@@ -49,16 +53,24 @@ def table_grid(table: Tensor) -> tuple[int, int] | None:
 
 def _interpolation(old: int, new: int) -> Tensor:
     """Matrix ``[new, old]`` in float64 that resizes one axis of a table geometrically."""
+    if is_open(new):
+        samples = torch.tensor([_samples(old, half) for half in range(LONGEST)], dtype=torch.float64)[new // 2]
+    else:
+        samples = torch.tensor(_samples(old, new // 2), dtype=torch.float64)
+    wanted = torch.arange(-(new // 2), new // 2 + 1, dtype=torch.float64).clamp(samples[0], samples[-1])
+    if old == 1:
+        return wanted.new_ones(new, 1)
+    right = (samples < wanted[:, None]).sum(1).clamp(1, old - 1)
+    share = (wanted - samples[right - 1]) / (samples[right] - samples[right - 1])
+    place = torch.arange(old) - right[:, None]
+    return torch.where(place == 0, share[:, None], torch.where(place == -1, 1 - share[:, None], 0.0))
+
+
+def _samples(old: int, half: int) -> list[float]:
+    """Distances in tokens of the ``old`` samples of a table for a grid of ``half + 1`` tokens."""
     n, low, high = old // 2, 1.01, 1.5
     while high - low > 1e-6:
         q = (low + high) / 2
-        low, high = (low, q) if (1 - q**n) / (1 - q) > new // 2 else (q, high)
+        low, high = (low, q) if (1 - q**n) / (1 - q) > half else (q, high)
     distances = [(1 - q**i) / (1 - q) for i in range(1, n + 1)]
-    known = torch.tensor([*(-x for x in reversed(distances)), 0.0, *distances], dtype=torch.float64)
-    wanted = torch.arange(-(new // 2), new // 2 + 1, dtype=torch.float64).clamp(known[0], known[-1])
-    if n == 0:
-        return wanted.new_ones(new, 1)
-    right = torch.searchsorted(known, wanted).clamp(1, old - 1)
-    share = (wanted - known[right - 1]) / (known[right] - known[right - 1])
-    matrix = wanted.new_zeros(new, old).scatter(1, right[:, None], share[:, None])
-    return matrix.scatter(1, right[:, None] - 1, 1 - share[:, None])
+    return [*(-x for x in reversed(distances)), 0.0, *distances]

@@ -1,7 +1,9 @@
 """Outlook attention, VOLO's own operator."""
 
+import torch
 from torch import Tensor
 
+from . import portable
 from .dispatch import explain, outlook_attention_op
 
 __all__ = ['explain', 'outlook_attention']
@@ -46,4 +48,6 @@ def outlook_attention(logits: Tensor, value: Tensor, *, kernel_size: int, stride
         raise ValueError(f'logits are {logits.dtype} and value is {value.dtype}: expected one floating-point dtype')
     if logits.device != value.device:
         raise ValueError(f'logits are on {logits.device} and value is on {value.device}: expected one device')
+    if torch.compiler.is_exporting():
+        return portable.outlook_attention(logits, value, kernel_size, stride, scale)
     return outlook_attention_op(logits, value, kernel_size, stride, scale)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import portable
 from .operator import explain, resized_conv_op
 from .same_size import has_faster_backward
 
@@ -47,6 +48,9 @@ def resized_conv(
         maps, weight = [x.to(dtype) for x in maps], weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     _check(maps, weight, size)
+    if torch.compiler.is_exporting():
+        y = portable.resized_conv(maps, weight, *size, align_corners)
+        return y if bias is None else y + bias[:, None, None]
     if len(maps) == 1 and maps[0].shape[2:] == size and not has_faster_backward(maps[0], weight):
         return F.conv2d(maps[0], weight, bias, padding=weight.shape[2] // 2)
     y = resized_conv_op(list(maps), weight, *size, align_corners)
@@ -56,7 +60,7 @@ def resized_conv(
 
 
 def _check(maps: Sequence[Tensor], weight: Tensor, size: tuple[int, ...]) -> None:
-    if not maps or any(x.dim() != 4 or len(x) != len(maps[0]) for x in maps):
+    if not maps or any(x.dim() != 4 or x.shape[0] != maps[0].shape[0] for x in maps):
         raise ValueError(f'maps must be [B, C, h, w] with one B, got shapes {[tuple(x.shape) for x in maps]}')
     channels = sum(x.shape[1] for x in maps)
     if weight.dim() != 4 or tuple(weight.shape[1:]) not in ((channels, 1, 1), (channels, 3, 3)):

@@ -104,7 +104,7 @@ def resized_conv_backward_op(
 
 @resized_conv_op.register_fake
 def _(maps, weight, height, width, align_corners):
-    return weight.new_empty(len(maps[0]), height, width, len(weight)).permute(0, 3, 1, 2)
+    return weight.new_empty(maps[0].shape[0], height, width, len(weight)).permute(0, 3, 1, 2)
 
 
 @resized_conv_backward_op.register_fake

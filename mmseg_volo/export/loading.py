@@ -1,0 +1,84 @@
+"""Exported files in the place of checkpoints."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .._device import resolve_device
+from ..errors import UserError
+from ..models.named_classifiers import NamedClassifier
+from ..models.segmentor import SlidingSegmentor
+from .description import dataset_meta, normalisation, parsed
+from .runtime import Runtime, is_exported
+
+
+def device_for(checkpoint: str, device: str, compiled: bool = False, openvino: bool = False) -> str:
+    """The device that runs ``checkpoint``, always the CPU for an exported file; ``device`` is as in ``resolve_device``.
+
+    Raises:
+        UserError: the device cannot be used, or an option does not go with this kind of file.
+    """
+    if not is_exported(checkpoint):
+        if openvino:
+            raise UserError(f'--openvino runs .onnx files, not {checkpoint}')
+        return resolve_device(device)
+    if compiled:
+        raise UserError(f'--compile does not go with {checkpoint}: an exported file has no Python code to compile')
+    if device not in ('auto', 'cpu'):
+        raise UserError(f'--device {device} does not go with {checkpoint}: exported files run on the CPU')
+    return 'cpu'
+
+
+def load_exported(model: Any, path: str, dataset: Mapping, openvino: bool = False, amp: bool = False) -> dict[str, Any]:
+    """Run a segmentor's network from the exported file ``path``; returns ``dataset_meta`` as a checkpoint's ``meta``.
+
+    Windows, resizing and the choice of labels stay the segmentor's. Its backbone and neck are removed.
+
+    Args:
+        model: a ``SlidingSegmentor``.
+        path: an ``.onnx`` or ``.pt2`` file.
+        dataset: config of the data set, whose classes must be the file's.
+        openvino: see ``Runtime``.
+        amp: see ``Runtime``.
+
+    Raises:
+        UserError: the file is unusable, or contradicts the config.
+    """
+    if not isinstance(model, SlidingSegmentor):
+        raise UserError(f'{path} needs a config with model.type SlidingSegmentor, this one has {type(model).__name__}')
+    runtime = Runtime(path, openvino, amp)
+    found = parsed(runtime.text, path, 'segmentation')
+    heads = len(found['classes']) if found['threshold'] is None else 1
+    wanted: dict[str, Any] = dict(number_of_logits=model.out_channels, **normalisation(model.data_preprocessor))
+    if (meta := dataset_meta(dataset)) is not None:
+        wanted['classes'] = list(meta['classes'])
+    for key, value in wanted.items():
+        actual = heads if key == 'number_of_logits' else found[key]
+        if actual != value:
+            name = key.replace('_', ' ')
+            raise UserError(f'{path} was exported with {name} {actual}, but the config has {value}')
+    for part in ('backbone', 'neck', 'auxiliary_head'):
+        if hasattr(model, part):
+            delattr(model, part)
+    model.network = runtime
+    return dict(dataset_meta=dict(classes=found['classes'], palette=found['palette']))
+
+
+def exported_classifier(
+    path: str, name: str, openvino: bool = False, amp: bool = False
+) -> tuple[Runtime, NamedClassifier]:
+    """An exported classifier, and how pictures are prepared for it.
+
+    Args:
+        path: an ``.onnx`` or ``.pt2`` file.
+        name: the classifier that it must be, such as ``'volo_d1_224'``, with or without the tag of the weights.
+        openvino: see ``Runtime``.
+        amp: see ``Runtime``.
+
+    Raises:
+        UserError: the file is unusable, or another classifier.
+    """
+    runtime = Runtime(path, openvino, amp)
+    found = parsed(runtime.text, path, 'classification')
+    if name not in (found['model'], found['weights']):
+        raise UserError(f'{path} does not fit {name}, it is {found["weights"]}')
+    return runtime, NamedClassifier(found['model'], found['weights'], found['transform'])
