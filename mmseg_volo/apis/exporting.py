@@ -2,21 +2,26 @@
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from mmengine.config import Config
 from mmseg.apis import init_model
+from mmseg.registry import DATASETS
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from .._files import whole_with_companions
 from ..checkpoints.wording import first_sentence
-from ..config import data_sets, load_config, output_path
+from ..config import data_sets, load_config, output_path, without_steps
+from ..datasets.checks import check_data
 from ..errors import UserError
-from ..export import onnx_file, program_file
+from ..export import onnx_file, program_file, rounding
 from ..export.check import SIZES, TOLERANCES, difference, random_images
 from ..export.description import as_json, dataset_meta, describe_classifier, describe_segmentor
 from ..export.program import Network, record
@@ -25,7 +30,7 @@ from ..models.named_classifiers import classifier_names, named_classifier
 from ..models.pretrained import load_segmentor
 from .classification import class_names
 
-PRECISIONS = ('float32', 'float16', 'int8')
+SHOWN = 4  # training images for which the labels of an int8 file are compared
 
 
 def export(
@@ -43,10 +48,10 @@ def export(
     Args:
         config: a config's path or name, or the name of a classifier, see ``named_classifier``.
         checkpoint: the model's weights.
-        out: ``.onnx`` or ``.pt2`` file. It appears only if its logits are those of the checkpoint.
+        out: ``.onnx`` or ``.pt2`` file, which appears whole or not at all.
         opset: version of ONNX's operators, 18 by default.
-        precision: a key of ``PRECISIONS``. ``'float16'`` halves the file; ``'int8'`` also rounds what convolutions and
-            linear layers multiply, with ranges found on training images.
+        precision: ``'float32'``; ``'float16'``, which halves the file; or ``'int8'``, which rounds the weights and the
+            inputs of convolutions and linear layers, within ranges found on training images.
         calibration_images: number of training images for ``'int8'``.
         seed: chooses them.
         cfg_options: values that override the config, by dotted key.
@@ -56,6 +61,7 @@ def export(
 
     Raises:
         UserError: config, checkpoint or output file is unusable, a package is missing, or the model cannot be exported.
+        RuntimeError: the logits of the file are not those of the checkpoint.
     """
     path = output_path(out, '.onnx', '.pt2')
     is_onnx = path.suffix == '.onnx'
@@ -63,27 +69,42 @@ def export(
         raise UserError('--opset, --fp16 and --int8 are for .onnx files')
     if calibration_images < 1:
         raise UserError(f'--calibration-images must be at least 1, got {calibration_images}')
+    opset = onnx_file.OPSET if opset is None else opset
     if is_onnx:
-        onnx_file.require_packages()
+        onnx_file.check_possible(opset)
     said = _Steps()
     if not Path(config).is_file() and config.partition('.')[0] in classifier_names():
-        model = _classifier(config, checkpoint, cfg_options)
+        model = _classifier(config, checkpoint, precision, cfg_options)
     else:
         model = _segmentor(config, checkpoint, cfg_options)
-    said(f'{model.description["model"]}: weights of {checkpoint} loaded')
+        if precision == 'int8':
+            check_data(model.cfg, ('train',))
+    said(f'{checkpoint} loaded')
     program = _recorded(model)
-    said(f'network recorded for any batch {"" if model.size else "and any size"}')
-    with whole_with_companions(path) as partial:
-        text = as_json(model.description)
+    said(f'recorded for any batch{"" if model.size else ", height and width"}')
+    with whole_with_companions(path) as file:
         if is_onnx:
-            onnx_file.write(program, partial, opset or onnx_file.OPSET, text)
+            onnx_file.write(program, file, opset, as_json(model.description))
         else:
-            program_file.save(program, partial, text)
+            program_file.save(program, file, as_json(model.description))
         del program
-        said(f'written as {f"ONNX, opset {opset or onnx_file.OPSET}" if is_onnx else "a program of torch.export"}')
-        _check(model, partial, out, 'float32', random_images(model.shapes()))
-        said('checked')
+        said(f'written as {f"ONNX, opset {opset}" if is_onnx else "a program of torch.export"}')
+        images = random_images(model.shapes())
+        _compare(model, file, out, images, 'float32')
+        if precision == 'float16':
+            rounding.to_float16(file, file, as_json(model.description | dict(precision=precision)))
+            said('converted to float16')
+            _compare(model, file, out, images, precision)
+        elif precision == 'int8':
+            pictures = islice(_training_images(model, seed), calibration_images)
+            shown = list(islice(pictures, SHOWN))
+            rounding.to_int8(file, file, as_json(model.description | dict(precision=precision)), chain(shown, pictures))
+            said(f'rounded to 8 bits with the ranges of up to {calibration_images} training images')
+            _compare(model, file, out, shown, precision)
+        said('compared')
     print(f'{path}: {path.stat().st_size / 1e6:.1f} MB')
+    if model.cfg is not None:
+        print(f'to see what this costs: mmseg-volo test {config} {path} --compare METRICS_OF_THE_CHECKPOINT.json')
     return path
 
 
@@ -91,11 +112,13 @@ def export(
 class _Model:
     """A model that is about to be exported.
 
-    ``size`` is the only size that it takes, or None; ``foreign`` names a layer that is neither ours nor mmseg's.
+    ``cfg`` is a segmentor's config, ``size`` the only size of a classifier's pictures, ``foreign`` the names of layers
+    that are not ours.
     """
 
     network: nn.Module
     description: dict[str, Any]
+    cfg: Config | None = None
     size: tuple[int, int] | None = None
     foreign: str | None = None
 
@@ -130,12 +153,14 @@ def _segmentor(config: str, checkpoint: str, cfg_options: dict | None) -> _Model
     description = describe_segmentor(cfg, model, meta, Path(config).stem)
     parts = [getattr(model, name) for name in ('backbone', 'neck', 'decode_head') if hasattr(model, name)]
     foreign = [type(part).__name__ for part in parts if not type(part).__module__.startswith('mmseg_volo.')]
-    return _Model(Network(model), description, foreign=' and '.join(foreign) or None)
+    return _Model(Network(model), description, cfg, foreign=' and '.join(foreign) or None)
 
 
-def _classifier(name: str, checkpoint: str, cfg_options: dict | None) -> _Model:
+def _classifier(name: str, checkpoint: str, precision: str, cfg_options: dict | None) -> _Model:
     if cfg_options:
         raise UserError(f'--cfg-options are for configs; {name} is a classifier')
+    if precision == 'int8':
+        raise UserError(f'--int8 needs the training images of a config; {name} is a classifier')
     named = named_classifier(name, checkpoint)
     network = named.load(checkpoint)
     _, height, width = named.data['input_size']
@@ -156,8 +181,8 @@ def _recorded(model: _Model) -> ExportedProgram:
         raise UserError(f'torch.export cannot record {model.foreign}: {first_sentence(error)}') from error
 
 
-def _check(model: _Model, file: Path, out: str, precision: str, images: Sequence[Tensor]) -> None:
-    """Print how the file differs from the checkpoint, and raise unless it is within the tolerance."""
+def _compare(model: _Model, file: Path, out: str, images: Sequence[Tensor], precision: str) -> None:
+    """Print how the file differs from the checkpoint; raise if float32 or float16 explain less than that."""
     runtime, tolerance = Runtime(str(file)), TOLERANCES[precision]
     print(f'{runtime.name} {runtime.version} against PyTorch {torch.__version__.partition("+")[0]}:')
     for batch in images:
@@ -166,6 +191,26 @@ def _check(model: _Model, file: Path, out: str, precision: str, images: Sequence
         if not found.exceeds(tolerance):
             continue
         problem = f'{out} was not written, because {runtime.name} gives other logits than the checkpoint ({found})'
+        if precision == 'float16':
+            raise UserError(f'{problem}: the range or precision of float16 is too small for this model')
         if model.foreign:
-            raise UserError(f'{problem}; torch.export does not record {model.foreign} for every size')
+            raise UserError(f'{problem}: torch.export does not record {model.foreign} for every size')
         raise RuntimeError(problem)
+
+
+def _training_images(model: _Model, seed: int) -> Iterator[Tensor]:
+    """Training images in random order, as the network gets them in inference: resized, a window of each, normalised."""
+    assert model.cfg is not None
+    segmentor: Any = model.network.segmentor
+    steps = without_steps(data_sets(model.cfg.test_dataloader.dataset)[0].pipeline, ['LoadAnnotations'])
+    sets = [
+        DATASETS.build({**settings, 'pipeline': steps}) for settings in data_sets(model.cfg.train_dataloader.dataset)
+    ]
+    places = [(dataset, index) for dataset in sets for index in range(len(dataset))]
+    random = np.random.default_rng(seed)
+    for place in random.permutation(len(places)):
+        dataset, index = places[place]
+        image = dataset[index]['inputs']
+        (height, width), windows = segmentor._places(*image.shape[-2:])
+        top, left = windows[random.integers(len(windows))]
+        yield segmentor.data_preprocessor(dict(inputs=[image[:, top : top + height, left : left + width]]))['inputs']

@@ -20,10 +20,13 @@ from .program import no_shape_cache
 OPSET = 18  # the lowest that torch writes
 
 
-def require_packages() -> None:
-    """Raise ``UserError`` unless the packages are installed that write and check ONNX files."""
+def check_possible(opset: int) -> None:
+    """Raise ``UserError`` unless the packages are installed that write and check ONNX files, and know this opset."""
     for package in ('onnx', 'onnxscript', 'onnxruntime'):
         require(package, 'export', 'writing an ONNX file')
+    latest = require('onnx.defs', 'export', 'writing an ONNX file').onnx_opset_version()
+    if not OPSET <= opset <= latest:
+        raise UserError(f'--opset must be from {OPSET}, the lowest that torch writes, to {latest}, got {opset}')
 
 
 def write(program: ExportedProgram, path: Path, opset: int, text: str) -> None:
@@ -32,7 +35,6 @@ def write(program: ExportedProgram, path: Path, opset: int, text: str) -> None:
     Raises:
         UserError: torch cannot write this opset.
     """
-    require_packages()
     with _silence(), no_shape_cache():
         try:
             exported: Any = torch.onnx.export(

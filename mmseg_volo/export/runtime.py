@@ -86,8 +86,8 @@ def _open_openvino(path: str, threads: int, amp: bool) -> Opened:
         compiled = openvino.compile_model(model, 'CPU', options)
     except Exception as error:
         raise _unusable(path, error) from None
-    info = model.rt_info
-    text = info['framework'].astype(dict).get(KEY) if 'framework' in info else None
+    place = ['framework', KEY]
+    text = model.get_rt_info(place).astype(str) if model.has_rt_info(place) else None
 
     def run(images: Tensor) -> Tensor:
         return torch.from_numpy(compiled(images.numpy())[0])
