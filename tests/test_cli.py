@@ -66,7 +66,7 @@ def test_without_a_command_the_commands_are_listed(capsys):
     ('arguments', 'sentence'),
     [
         (['demmo'], "no command named 'demmo': did you mean demo?"),
-        (['zzz'], "no command named 'zzz': choose from demo, configs"),
+        (['zzz'], "no command named 'zzz': choose from demo, train"),
         (['train'], 'the following arguments are required: config'),
         (['train', 'c', '--seed', 'x'], "argument --seed: invalid int value: 'x'"),
         (['train', 'c', '--cfg-options', 'a=1', 'word'], "--cfg-options takes KEY=VALUE, got 'word'"),
