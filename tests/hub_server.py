@@ -113,7 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(403, {'error': "you don't have the rights to create a model under this namespace"})
         name = f'{asked["organization"]}/{asked["name"]}'
         if name in self.hub.repositories:
-            return self._send(409, {'error': 'You already created this model repo'})
+            return self._send(409, {'error': 'You already created this model repo', 'url': f'{self.hub.url}/{name}'})
         self.hub.repositories[name] = Repository(asked.get('visibility') == 'private')
         return self._send(200, {'url': f'{self.hub.url}/{name}', 'name': name})
 

@@ -18,7 +18,7 @@ from ..config import check_tta, make_writable
 from ..errors import UserError
 from ..visualization import label_png, overlay, save_whole, with_legend
 from .predictor import Picture, Predictor, Undecodable
-from .sources import load_model
+from .sources import load_model, try_out
 from .threads import in_threads
 from .video import VIDEO_SUFFIXES, segment_video
 
@@ -72,7 +72,7 @@ def infer(
         check_tta(model.config, config)
     predictor = Predictor(model.config, model.checkpoint, resolve_device(device), tta, amp, compile)
     if model.is_foreign:
-        predictor.try_out(config)
+        try_out(predictor.model, config)
     out = make_writable(out_dir)
     skipped, broken, start = [], [], time.perf_counter()
     results = _segment_files(outputs, out, predictor, opacity, save)

@@ -16,7 +16,6 @@ from mmseg.structures import SegDataSample
 from torch import Tensor
 
 from .._device import mixed_precision
-from ..checkpoints.wording import first_sentence
 from ..config import data_sets, without_steps
 from ..errors import UserError
 from ..models.pretrained import load_segmentor
@@ -79,21 +78,6 @@ class Predictor:
         # Images are already decoded and have no labels.
         left_out = ('LoadImageFromFile', 'LoadAnnotations', *(['PackSegInputs'] if self.segments else []))
         self.pipeline = Compose([dict(type='LoadImageFromNDArray'), *without_steps(steps, left_out)])
-
-    def try_out(self, source: str) -> None:
-        """Run pipeline and model on a small picture; raises ``UserError`` if the config at ``source`` is at fault."""
-        try:
-            small = self.pipeline(dict(img=np.zeros((2 * SMALL, 2 * SMALL, 3), np.uint8)))
-            if not isinstance(small.get('img', small.get('inputs')), np.ndarray | Tensor | list):
-                raise UserError('its pipeline gives no picture')
-            image = torch.zeros(3, 2 * SMALL, 2 * SMALL, dtype=torch.uint8)
-            with torch.no_grad():
-                self.model(self.model.data_preprocessor(dict(inputs=[image]))['inputs'], mode='tensor')
-        except (torch.OutOfMemoryError, MemoryError):
-            raise
-        except Exception as error:  # the config is as good as its source
-            reason = f'{type(error).__name__}: {first_sentence(error)}'
-            raise UserError(f'{source} is refused: its config.json describes no model that works ({reason})') from None
 
     def batch_size(self, height: int = 1, width: int = 1) -> int:
         """Number of pictures of this size to compute at a time."""

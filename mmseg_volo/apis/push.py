@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..models.pretrained import pretrained_checkpoint
 from .model_card import model_card
 from .predictor import Predictor
-from .sources import load_model
+from .sources import load_model, try_out
 
 
 def push(
@@ -66,7 +66,7 @@ def push(
         folder.mkdir()
         _write(folder, cfg, Path(config).stem, checkpoint, target, metrics, license)
         found = load_model(str(folder), None, {})  # what readers will see
-        Predictor(found.config, found.checkpoint, 'cpu', tta=False, amp=False).try_out(target)
+        try_out(Predictor(found.config, found.checkpoint, 'cpu', tta=False, amp=False).model, target)
         if on_hub:
             address = _upload(
                 folder, target, private, message or f'Upload {Path(config).stem} with mmseg_volo {__version__}'

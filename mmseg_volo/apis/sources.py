@@ -1,26 +1,31 @@
 """Where a command finds its model: a config with a checkpoint, or something that is both."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.dataset import Compose
 from mmengine.registry import init_default_scope
 from mmseg.registry import DATASETS, MODELS
 from safetensors import safe_open
+from torch import nn
 
 from .._files import IMAGE_SUFFIXES
 from ..checkpoints.hub import WEIGHTS, is_model, model_config, model_file
 from ..checkpoints.plain_config import config_of
 from ..checkpoints.shipped import shipped_weights
 from ..checkpoints.wording import first_sentence
-from ..config import check_segmentor, data_sets, load_config, overridden, shipped_configs
+from ..config import check_segmentor, data_sets, load_config, overridden, shipped_configs, without_steps
 from ..errors import UserError
 from ..models.pretrained import differences
 from .video import VIDEO_SUFFIXES
 
 CHECKPOINTS = ('.pth', '.pth.tar', '.pt', '.ckpt', '.bin', '.safetensors', '.onnx', '.pt2')
+SIDE = 64  # pixels of a picture with which foreign models are tried out
 SCHEMES = ('http://', 'https://', 'timm://', 'hf://')
 
 
@@ -90,15 +95,41 @@ def load_model(model: str, checkpoint: str | None, options: dict, with_data: boo
     return Model(cfg, checkpoint or source, is_foreign=True)
 
 
-def _check_fits(cfg: Config, source: str, name: str) -> None:
-    """Raise ``UserError`` unless the config builds a model of the size of its weights; allocates neither."""
-    init_default_scope('mmseg')
+@torch.no_grad()
+def try_out(model: nn.Module, source: str) -> None:
+    """Run a foreign model on a small picture; raises ``UserError`` if its config at ``source`` does not allow that."""
+    image = torch.zeros(3, SIDE, SIDE, dtype=torch.uint8)
+    model.eval()
+    with _blamed(source):
+        model(model.data_preprocessor(dict(inputs=[image]))['inputs'], mode='tensor')
+
+
+@contextmanager
+def _blamed(source: str) -> Iterator[None]:
+    """Turn any exception into a ``UserError``: what is run is as good as its source."""
     try:
-        with warnings.catch_warnings(), torch.device('meta'):
-            warnings.simplefilter('ignore')  # from mmseg's losses
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        reason = f'{type(error).__name__}: {first_sentence(error)}'
+        raise UserError(f'{source} is refused: its config.json describes no model that works ({reason})') from None
+
+
+def _check_fits(cfg: Config, source: str, name: str) -> None:
+    """Raise ``UserError`` unless pipelines and model can be built, the latter in the size of its weights.
+
+    No memory is allocated for the weights.
+    """
+    init_default_scope('mmseg')
+    with _blamed(name), warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # from mmseg's losses
+        for steps in (cfg.test_pipeline, cfg.get('tta_pipeline', [])):
+            steps = without_steps(steps, ('LoadImageFromFile', 'LoadAnnotations', 'PackSegInputs'))
+            Compose(steps)(dict(img=np.zeros((SIDE, SIDE, 3), np.uint8), img_shape=(SIDE, SIDE)))
+        MODELS.build(cfg.model.data_preprocessor)
+        with torch.device('meta'):
             own = MODELS.build(cfg.model).state_dict()
-    except Exception as error:  # the config is as good as its source
-        raise UserError(f'{name} is refused: its config.json describes no model ({first_sentence(error)})') from None
     try:
         with safe_open(model_file(source, WEIGHTS), 'pt') as file:
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118

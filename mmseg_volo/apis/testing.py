@@ -32,7 +32,7 @@ from ..engine.distributed import join_processes
 from ..errors import UserError
 from ..evaluation.report import read_run, summary, write_results
 from ..models.pretrained import load_segmentor
-from .sources import load_model
+from .sources import load_model, try_out
 
 SERVER_FORMATS = {
     'cityscapes': (CityscapesDataset, dict(type='CityscapesLabelIds', format_only=True, keep_results=True)),
@@ -108,6 +108,8 @@ def test(
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
         load_segmentor(model, checkpoint)
+        if found.is_foreign:
+            try_out(model, config)
         dataset = runner.test_dataloader.dataset
         if server_format:
             runner.test()

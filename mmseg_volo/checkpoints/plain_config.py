@@ -78,7 +78,7 @@ NAME = re.compile(r'[a-z0-9][a-z0-9_]*')
 # Not needed for predictions: initial weights (which are files), losses and the training.
 LEFT_OUT = {'init_cfg', 'loss_decode', 'pretrained', 'sampler', 'train_cfg'}
 COUNTS = {'layers', 'depths', 'num_convs', 'num_outs'}  # of modules
-LARGEST, MOST = 2**20, 256  # a number, and a count of modules
+LARGEST, WIDEST, MOST = 2**20, 2**14, 256  # a number, one in a pipeline, and a count of modules
 LONGEST, DEEPEST = 1000, 20  # a list, and levels of nesting
 
 
@@ -264,7 +264,8 @@ def _check_value(value: Any, place: str, level: int) -> None:
         if value not in WORDS and not (key == 'arch' and NAME.fullmatch(value) and len(value) < 100):
             raise ValueError(f'{place} is {_shown(value)}, which is not among the words that config.json may hold')
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        if not math.isfinite(value) or abs(value) > (MOST if key in COUNTS else LARGEST):
+        largest = MOST if key in COUNTS else WIDEST if 'pipeline' in place else LARGEST
+        if not math.isfinite(value) or abs(value) > largest:
             raise ValueError(f'{place} is {_shown(value)}, too large')
     elif value is not None and not isinstance(value, bool):
         raise ValueError(f'{place} is of type {type(value).__name__}')
