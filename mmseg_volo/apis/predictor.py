@@ -150,7 +150,9 @@ class Predictor:
 
 
 def _classes_of(dataset: dict) -> dict:
-    """``METAINFO`` of a data set's config, for checkpoints that do not name their classes."""
+    """Classes and palette of a data set's config, for checkpoints that do not name their classes."""
+    if {'classes', 'palette'} <= (dataset.get('metainfo') or {}).keys():
+        return dataset['metainfo']
     kind = dataset.get('type')
     found: Any = DATASETS.get(kind) if isinstance(kind, str) else kind
     if not hasattr(found, 'METAINFO'):
