@@ -154,6 +154,8 @@ def _classes_of(dataset: dict) -> dict:
     if {'classes', 'palette'} <= (dataset.get('metainfo') or {}).keys():
         return dataset['metainfo']
     kind = dataset.get('type')
+    if (dataset.get('metainfo') or {}).get('classes'):
+        return DATASETS.build({**dataset, 'pipeline': [], 'lazy_init': True}).metainfo
     found: Any = DATASETS.get(kind) if isinstance(kind, str) else kind
     if not hasattr(found, 'METAINFO'):
         raise UserError(
