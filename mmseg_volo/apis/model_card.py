@@ -35,10 +35,16 @@ def model_card(
     kind = f'{type_name(backbone)} {arch if isinstance(arch, str) else ""}'.strip()
     results = []
     if measured:
-        score = dict(metric_type='mean_iou', metric_name='mIoU (%)', metric_value=round(measured['metrics']['mIoU'], 2))
-        dataset = dict(dataset_type=data or 'unknown', dataset_name=data or 'unknown')
-        task = dict(task_type='image-segmentation', task_name='Semantic segmentation')
-        results = [EvalResult(**task, **dataset, **score)]
+        result = EvalResult(
+            task_type='image-segmentation',
+            task_name='Semantic segmentation',
+            dataset_type=data or 'unknown',
+            dataset_name=data or 'unknown',
+            metric_type='mean_iou',
+            metric_name='mIoU (%)',
+            metric_value=round(measured['metrics']['mIoU'], 2),
+        )
+        results = [result]
     metadata = ModelCardData(
         license=license,
         library_name='mmseg_volo',

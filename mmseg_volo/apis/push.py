@@ -59,7 +59,9 @@ def push(
     if not re.fullmatch(r'[a-z0-9][a-z0-9.-]*', license):
         raise UserError(f"--license must be one of the hub's names, such as apache-2.0 or cc-by-4.0, got {license!r}")
     on_hub = target.startswith('hf://')
-    parent = _check_repository(target) if on_hub else _check_folder(target)
+    if on_hub:
+        _check_repository(target)
+    parent = None if on_hub else _check_folder(target)
     cfg = load_config(config, cfg_options or {})
     with TemporaryDirectory(prefix='.partial-', dir=parent) as scratch:
         folder = Path(scratch, 'model')

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,14 +13,21 @@ from mmengine.dataset import Compose
 from mmengine.registry import init_default_scope
 from mmseg.registry import DATASETS, MODELS
 from safetensors import safe_open
-from torch import nn
 
 from .._files import IMAGE_SUFFIXES
 from ..checkpoints.hub import WEIGHTS, is_model, model_config, model_file
 from ..checkpoints.plain_config import config_of
 from ..checkpoints.shipped import shipped_weights
 from ..checkpoints.wording import first_sentence
-from ..config import check_segmentor, data_sets, load_config, overridden, shipped_configs, without_steps
+from ..config import (
+    check_segmentor,
+    data_sets,
+    find_config,
+    load_config,
+    overridden,
+    shipped_configs,
+    without_steps,
+)
 from ..errors import UserError
 from ..models.pretrained import differences
 from .video import VIDEO_SUFFIXES
@@ -47,13 +55,21 @@ def split_words(model: str, words: Sequence[str]) -> tuple[str | None, list[str]
         UserError: a checkpoint or the pictures are missing.
     """
     first, *others = words or ['']
-    named = first.lower().endswith(CHECKPOINTS) or first.startswith(SCHEMES)
-    if not named and not has_weights(model) and first.lower().endswith(IMAGE_SUFFIXES + VIDEO_SUFFIXES):
+    if has_weights(model) and not is_checkpoint(first):
+        checkpoint, images = None, list(words)
+    else:
+        checkpoint, images = first, others
+    if checkpoint is not None and not is_checkpoint(first) and first.lower().endswith(IMAGE_SUFFIXES + VIDEO_SUFFIXES):
+        _find_config(model)
         raise UserError(f'{model} has no weights of its own: give a checkpoint before {first}')
-    checkpoint, images = (first, others) if named or not has_weights(model) else (None, list(words))
     if not images:
         raise UserError('no images, videos, folders or patterns were given')
     return checkpoint, images
+
+
+def is_checkpoint(word: str) -> bool:
+    """Whether a word looks like a checkpoint, which need not exist."""
+    return word.lower().endswith(CHECKPOINTS) or word.startswith(SCHEMES)
 
 
 def has_weights(model: str) -> bool:
@@ -76,6 +92,7 @@ def load_model(model: str, checkpoint: str | None, options: dict, with_data: boo
         UserError: no such model, it is refused, or it has no weights or no test set.
     """
     if not is_model(model):
+        _find_config(model)
         weights = checkpoint or (shipped_weights(model) if model in shipped_configs() else None)
         if weights is None:
             raise UserError(f'{model} has no weights of its own: give a checkpoint after it')
@@ -95,8 +112,15 @@ def load_model(model: str, checkpoint: str | None, options: dict, with_data: boo
     return Model(cfg, checkpoint or source, is_foreign=True)
 
 
+def _find_config(model: str) -> None:
+    """Raise ``UserError`` unless ``model`` is a config's path or name."""
+    if is_checkpoint(model):
+        raise UserError(f'{model} is a checkpoint: give the config with which it was trained before it')
+    find_config(model)
+
+
 @torch.no_grad()
-def try_out(model: nn.Module, source: str) -> None:
+def try_out(model: Any, source: str) -> None:
     """Run a foreign model on a small picture; raises ``UserError`` if its config at ``source`` does not allow that."""
     image = torch.zeros(3, SIDE, SIDE, dtype=torch.uint8)
     model.eval()

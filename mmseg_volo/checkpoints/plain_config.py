@@ -225,7 +225,8 @@ def _check(content: dict) -> None:
     strange = content.keys() - known - {'dataset_meta', 'versions'}
     if strange:
         raise ValueError(f'it has the unknown key {printable(min(strange))!r}')
-    name, meta, model = content.get('name'), content.get('dataset_meta'), content.get('model')
+    name, model = content.get('name'), content.get('model')
+    meta: Any = content.get('dataset_meta')
     if not isinstance(name, str) or not re.fullmatch(r'[\w.-]{1,100}', name):
         raise ValueError(f'name must consist of letters, digits, . _ and -, got {_shown(name)}')
     if not isinstance(model, dict) or not isinstance(model.get('backbone'), dict):
