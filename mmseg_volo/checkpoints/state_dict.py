@@ -26,6 +26,11 @@ def backbone_tensors(contents: Mapping, source: str) -> dict[str, Tensor]:
     return state
 
 
+def segmentor_tensors(contents: Mapping) -> dict[str, Tensor]:
+    """Return the tensors of a whole segmentor by name, without the prefix ``module.``."""
+    return state_tensors(contents['state_dict'] if isinstance(contents.get('state_dict'), Mapping) else contents)
+
+
 def state_tensors(contents: Mapping) -> dict[str, Tensor]:
     """Return the dense tensors in ``contents`` by name, without the prefix ``module.``."""
     return {

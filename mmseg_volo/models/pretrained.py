@@ -12,7 +12,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from ..checkpoints.reading import read_checkpoint
-from ..checkpoints.state_dict import backbone_tensors, state_tensors
+from ..checkpoints.state_dict import backbone_tensors, segmentor_tensors
 from ..checkpoints.wording import some
 from ..errors import UserError
 
@@ -83,12 +83,7 @@ def load_pretrained(model: Any, source: str, form: PretrainedFormat) -> None:
     kept = {key: tensor for key, tensor in whole.items() if not form.unbuilt(key, model.out_indices[-1])}
     dropped, state = len(state) - len(kept), kept
 
-    changes = _resize(state, own, form)
-    stem = state.get(form.stem)
-    if stem is not None and stem.dim() == 4 and stem.shape[1] == 3 != own[form.stem].shape[1]:
-        state[form.stem] = adapt_input_conv(own[form.stem].shape[1], stem)
-        changes.append(f'stem adapted from 3 to {own[form.stem].shape[1]} channels')
-
+    changes = adapt(state, own, form)
     new = {key for key in own if form.new.fullmatch(key)}
     if not new.isdisjoint(state):
         new = set()
@@ -109,8 +104,21 @@ def load_pretrained(model: Any, source: str, form: PretrainedFormat) -> None:
     )
 
 
+def adapt(state: dict[str, Tensor], own: Mapping[str, Tensor], form: PretrainedFormat) -> list[str]:
+    """Fit what depends on the grid and on the image's channels in ``state`` to the state dict of a backbone, ``own``.
+
+    Returns:
+        What changed, in words.
+    """
+    changes = _resize(state, own, form)
+    stem, channels = state.get(form.stem), own[form.stem].shape[1]
+    if stem is not None and stem.dim() == 4 and stem.shape[1] == 3 != channels:
+        state[form.stem] = adapt_input_conv(channels, stem)
+        changes.append(f'stem adapted from 3 to {channels} channels')
+    return changes
+
+
 def _resize(state: dict[str, Tensor], own: Mapping[str, Tensor], form: PretrainedFormat) -> list[str]:
-    """Fit the tensors of ``state`` that depend on the grid to the backbone's, and say what changed."""
     found: Counter[tuple] = Counter()
     for key in state.keys() & own.keys():
         name = key.split('.')[-1]
@@ -132,7 +140,7 @@ def load_segmentor(model: nn.Module, source: str) -> dict:
         UserError: the checkpoint is unreadable or unsafe, or a tensor is missing, unexpected or of another shape.
     """
     contents = read_checkpoint(source)
-    state = state_tensors(contents['state_dict'] if isinstance(contents.get('state_dict'), Mapping) else contents)
+    state = segmentor_tensors(contents)
     own = model.state_dict()
     problems = differences(own, state)
     if problems:
