@@ -8,6 +8,8 @@ import torch
 from mmengine.config import Config
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
+from mmseg.registry import HOOKS, MODELS
+from torch import nn
 
 from .._extras import without_tensorboard
 from ..checkpoints.download import local_copy
@@ -68,6 +70,7 @@ def train(
     set_options(cfg, config, amp, auto_scale_lr)
     _check_batch(cfg)
     _check_start(cfg, resume, finetune, same_classes)
+    _check_averaging(cfg)
     check_data(cfg, ('train', 'val') if cfg.get('val_dataloader') else ('train',))
     set_work_dir(cfg, config, work_dir)
     start = None
@@ -143,6 +146,23 @@ def _check_start(cfg: Config, resume: str | None, finetune: str | None, same_cla
         )
     if finetune is not None and cfg.get('load_from'):
         raise UserError(f'--finetune {finetune} and load_from={cfg.load_from!r} name two checkpoints to start from')
+
+
+def _check_averaging(cfg: Config) -> None:
+    """Check what mmengine's EMAHook does not check, or only once the model has been built."""
+    end = (cfg.get('train_cfg') or {}).get('max_iters')
+    for hook in cfg.get('custom_hooks') or []:
+        if not isinstance(hook, dict) or 'type' not in hook or type_name(hook) != 'EMAHook':
+            continue
+        average = HOOKS.build(hook).ema_cfg
+        MODELS.build({'model': nn.Identity(), **average})  # in a training, mmengine would not say what it built
+        interval, begin = hook.get('interval', 1), hook.get('begin_iter', 0)
+        if type(interval) is not int or interval < 1:
+            raise UserError(f'interval of EMAHook must be an integer of at least 1, got {interval!r}')
+        if end is not None and begin > end:
+            raise UserError(f'begin_iter of EMAHook must be at most max_iters={end}, got {begin}')
+        if end is not None and hook.get('begin_epoch'):
+            raise UserError('begin_epoch of EMAHook does not go with max_iters; use begin_iter')
 
 
 def _find_start(cfg: Config, resume: str | None) -> int | None:

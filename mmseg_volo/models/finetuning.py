@@ -111,12 +111,12 @@ def _adapt_backbone(model: nn.Module, state: dict[str, Tensor], own: Mapping[str
     if not isinstance(model.backbone, Backbone):
         return []
     prefix = 'backbone.'
-    parts = [
+    theirs, mine = (
         {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         for tensors in (state, own)
-    ]
-    changes = adapt(*parts, model.backbone.pretrained)
-    state.update({prefix + key: value for key, value in parts[0].items()})
+    )
+    changes = adapt(theirs, mine, model.backbone.pretrained)
+    state.update({prefix + key: value for key, value in theirs.items()})
     return changes
 
 
