@@ -100,12 +100,7 @@ def fitted(
     kept = {key: tensor for key, tensor in whole.items() if not form.unbuilt(key, model.out_indices[-1])}
     dropped, state = len(state) - len(kept), kept
 
-    changes = _resize(state, own, form)
-    stem = state.get(form.stem)
-    if stem is not None and stem.dim() == 4 and stem.shape[1] == 3 != own[form.stem].shape[1]:
-        state[form.stem] = adapt_input_conv(own[form.stem].shape[1], stem)
-        changes.append(f'stem adapted from 3 to {own[form.stem].shape[1]} channels')
-
+    changes = adapt(state, own, form)
     new = {key for key in own if form.new.fullmatch(key)}
     if not new.isdisjoint(state):
         new = set()
@@ -122,8 +117,21 @@ def fitted(
     return state, changes
 
 
+def adapt(state: dict[str, Tensor], own: Mapping[str, Tensor], form: PretrainedFormat) -> list[str]:
+    """Fit what depends on the grid and on the image's channels in ``state`` to the state dict of a backbone, ``own``.
+
+    Returns:
+        What changed, in words.
+    """
+    changes = _resize(state, own, form)
+    stem, channels = state.get(form.stem), own[form.stem].shape[1]
+    if stem is not None and stem.dim() == 4 and stem.shape[1] == 3 != channels:
+        state[form.stem] = adapt_input_conv(channels, stem)
+        changes.append(f'stem adapted from 3 to {channels} channels')
+    return changes
+
+
 def _resize(state: dict[str, Tensor], own: Mapping[str, Tensor], form: PretrainedFormat) -> list[str]:
-    """Fit the tensors of ``state`` that depend on the grid to the backbone's, and say what changed."""
     found: Counter[tuple] = Counter()
     for key in state.keys() & own.keys():
         name = key.split('.')[-1]
