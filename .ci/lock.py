@@ -105,14 +105,24 @@ def pins(text: str) -> dict[str, list[Requirement]]:
 
 def problems() -> Iterator[str]:
     """Requirements that the file does not fix, or fixes to a version that they do not allow, one sentence each."""
+    yield from direct_problems()
+    yield from installed_problems()
+
+
+def direct_problems() -> Iterator[str]:
+    """Problems with what setup.cfg asks for."""
     pinned = pins(FILE.read_text())
     for python in PYTHONS:
         environment = {**default_environment(), 'python_version': python, 'python_full_version': f'{python}.0'}
         for requirement in direct_requirements():
             yield from _problem(requirement, pinned, environment)
-    seen: set[str] = set()
+
+
+def installed_problems() -> Iterator[str]:
+    """Problems with what that needs in turn, as far as it is installed here, in the versions of the file."""
+    pinned, seen = pins(FILE.read_text()), set[str]()
     queue = list(direct_requirements())
-    while queue:  # what these need in turn, as far as it is installed here
+    while queue:
         requirement = queue.pop()
         name = canonicalize_name(requirement.name)
         if name in seen and not requirement.extras:
