@@ -119,7 +119,7 @@ def direct_problems() -> Iterator[str]:
 
 
 def installed_problems() -> Iterator[str]:
-    """Problems with what that needs in turn, as far as it is installed here, in the versions of the file."""
+    """Problems with what that needs in turn, as far as the versions in the file are installed here."""
     pinned, seen = pins(FILE.read_text()), set[str]()
     queue = list(direct_requirements())
     while queue:
@@ -130,9 +130,11 @@ def installed_problems() -> Iterator[str]:
         seen.add(name)
         yield from _problem(requirement, pinned, dict(default_environment()))
         try:
-            version(name)
+            installed = version(name)
         except PackageNotFoundError:
             continue
+        if not any(line.specifier.contains(installed, prereleases=True) for line in pinned.get(name, [])):
+            continue  # what another version needs does not matter
         for text in requires(name) or ():
             needed = Requirement(text)
             if needed.marker is None or any(needed.marker.evaluate({'extra': e}) for e in ('', *requirement.extras)):
