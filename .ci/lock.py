@@ -105,14 +105,24 @@ def pins(text: str) -> dict[str, list[Requirement]]:
 
 def problems() -> Iterator[str]:
     """Requirements that the file does not fix, or fixes to a version that they do not allow, one sentence each."""
+    yield from direct_problems()
+    yield from installed_problems()
+
+
+def direct_problems() -> Iterator[str]:
+    """Problems with what setup.cfg asks for."""
     pinned = pins(FILE.read_text())
     for python in PYTHONS:
         environment = {**default_environment(), 'python_version': python, 'python_full_version': f'{python}.0'}
         for requirement in direct_requirements():
             yield from _problem(requirement, pinned, environment)
-    seen: set[str] = set()
+
+
+def installed_problems() -> Iterator[str]:
+    """Problems with what that needs in turn, as far as the versions in the file are installed here."""
+    pinned, seen = pins(FILE.read_text()), set[str]()
     queue = list(direct_requirements())
-    while queue:  # what these need in turn, as far as it is installed here
+    while queue:
         requirement = queue.pop()
         name = canonicalize_name(requirement.name)
         if name in seen and not requirement.extras:
@@ -120,9 +130,11 @@ def problems() -> Iterator[str]:
         seen.add(name)
         yield from _problem(requirement, pinned, dict(default_environment()))
         try:
-            version(name)
+            installed = version(name)
         except PackageNotFoundError:
             continue
+        if not any(line.specifier.contains(installed, prereleases=True) for line in pinned.get(name, [])):
+            continue  # what another version needs does not matter
         for text in requires(name) or ():
             needed = Requirement(text)
             if needed.marker is None or any(needed.marker.evaluate({'extra': e}) for e in ('', *requirement.extras)):

@@ -664,8 +664,8 @@ def test_a_model_of_timms_on_the_hub_is_a_backbone(hub, tmp_path):
     [
         (lambda pushed: CoAtNet.from_pretrained(str(pushed)), 'does not contain a CoAtNet, but a mmseg_volo.VOLO'),
         (
-            lambda pushed: CoAtNet.from_pretrained(str(pushed / WEIGHTS)),
-            'does not tell its architecture; if it is a CoAtNet',
+            lambda pushed: HVT.from_pretrained(str(pushed / WEIGHTS)),
+            'does not tell its architecture; if it is a HVT',
         ),
         (
             lambda pushed: VOLO.from_pretrained(str(pushed), arch='d1'),

@@ -12,7 +12,7 @@ spec.loader.exec_module(lock)
 
 
 def test_the_file_covers_every_extra_that_can_be_installed_with_the_others():
-    assert list(lock.problems()) == []
+    assert list(lock.direct_problems()) == []  # newer or older versions may be installed and need other packages
     assert {'onedl', 'dev'} <= set(lock.extras()) and 'openmmlab' not in lock.extras()
 
 
