@@ -17,7 +17,7 @@ from mmseg_volo.datasets.annotations.base import palette_for, voc_colour
 from mmseg_volo.datasets.annotations.coco import _decompressed, check_run_lengths, decode_run_lengths
 from mmseg_volo.datasets.annotations.drawing import UNCOVERED, Region, area, clip, draw
 from mmseg_volo.datasets.annotations.label_studio import decode_brush
-from mmseg_volo.datasets.annotations.tables import read_table
+from mmseg_volo.datasets.annotations.tables import find_table, read_table
 from mmseg_volo.datasets.annotations.words import place_of, without_mask_ending
 from mmseg_volo.errors import UserError
 
@@ -365,7 +365,7 @@ CVAT_MISTAKES = {
     'cut': (lambda text: text[:-40], '^photos/annotations.xml is no readable XML '),
     'entities': (
         lambda text: text.replace('?>', '?><!DOCTYPE a [<!ENTITY e "eee">]>', 1),
-        '^photos/annotations.xml is no readable XML .DTDForbidden',
+        '^photos/annotations.xml has a document type, which annotations do not need and which could do harm; --annot',
     ),
     'tracks': (lambda text: text.replace('</annotations>', '<track/></annotations>'), 'it has the tracks of a video'),
     'no number': (lambda text: text.replace('points="', 'points="x'), 'numbers are needed, got'),
@@ -400,7 +400,7 @@ def test_mistakes_in_cvat_files_are_one_sentence(mistake, photos):
 
 def test_other_xml_is_no_annotation(photos):
     (photos / 'a_1.xml').write_text('<annotation><object/></annotation>')
-    refused('photos', '^folder photos has 2 pictures, but no annotations')
+    refused('photos', '^folder photos has 2 pictures, but neither masks')
 
 
 # Label Studio
@@ -583,7 +583,7 @@ def test_endings_of_masks_are_understood():
             [[0] * 3, [64, 0, 128]],
             [],
         ),
-        ('0: road\n5: pole\n', ['road', 'pole'], [], [0, 5]),
+        ('5: pole\n0: road\n', ['road', 'pole'], [], [5, 0]),
         ('road,0\npole,5\n', ['road', 'pole'], [], [0, 5]),
         ('__ignore__\n_background_\nroad marking\n', ['__ignore__', '_background_', 'road marking'], [], []),
     ],
@@ -597,9 +597,23 @@ def test_tables_of_classes_are_read_in_their_usual_forms(text, names, colours, n
     assert [table.numbers[name] for name in table.numbers] == numbers
 
 
+def test_a_list_of_labels_gives_the_order_of_the_classes_of_polygons(photos):
+    annotated.labelme(photos, NAMES[:2])
+    annotations = open_annotations('photos')
+    pixels = {'tree': 1, 'road': 1, 'car': 1, UNCOVERED: 97}
+    assert annotations.classes(pixels, None, None, ()).names == ['background', 'car', 'road', 'tree']
+    (photos / 'labels.txt').write_text('__ignore__\n_background_\ntree\nroad\nbus\ncar\n')
+    table = find_table(photos, open_annotations('photos').tree.files, False)
+    assert annotations.classes(pixels, table, None, ()).names == ['background', 'tree', 'road', 'bus', 'car']
+    (photos / 'labels.txt').write_text('tree\nroad\n')
+    with pytest.raises(UserError, match=r"photos/labels.txt lacks the class 'car' of the annotations$"):
+        annotations.classes(pixels, find_table(photos, ['labels.txt'], False), None, ())
+
+
 @pytest.mark.parametrize(
     ('content', 'message'),
     [
+        (b'3 a\n3 b\n', 'gives one id to two classes'),
         (b'', 'is no table of classes'),
         (b'road\n1 2 3 car\n4 x\n', 'is no table of classes'),
         (b'road\nroad\n', "has the class 'road' twice"),

@@ -352,7 +352,8 @@ def test_weights_of_rare_classes_are_those_of_the_config_for_camvid(camvid):
         ([(480, 360)] * 3, 512, (480, 360), (352, 480), 'whole'),
         ([(2048, 1024)] * 3, 512, (1024, 512), (512, 512), 'whole'),
         ([(3000, 1000)] * 3, 512, (1536, 512), (512, 512), 'slide'),
-        ([(600, 800)], 320, (427, 320), (320, 320), 'whole'),
+        ([(480, 360)] * 3, 320, (480, 360), (320, 320), 'whole'),
+        ([(600, 800)], 320, (683, 512), (320, 320), 'slide'),
         ([(400, 300), (500, 400), (900, 600)], 512, (1600, 400), (384, 384), 'whole'),
         ([(20, 10)], 512, (20, 10), (32, 32), 'whole'),
     ],
@@ -424,7 +425,9 @@ def test_a_folder_that_holds_no_annotated_pictures_is_refused(here):
     refused('nowhere', '^no folder nowhere$')
     refused('empty', '^folder empty is empty$')
     refused('text', '^folder text has no pictures$')
-    refused('pictures', '^folder pictures has 10 pictures, but no annotations: masks in a folder such as masks')
+    refused(
+        'pictures', '^folder pictures has 10 pictures, but neither masks, such as masks/NAME.png, nor files of COCO'
+    )
 
 
 def test_masks_of_another_size_are_named_and_counted(masked):
@@ -527,7 +530,7 @@ def test_a_missing_package_names_its_extra(form, package, here, monkeypatch):
     annotated.write_pictures(here / 'photos')
     FORMATS[form](here / 'photos')
     hide(monkeypatch, package)
-    refused('photos', rf"needs {package}: pip install 'mmseg-volo\[datasets\]'$")
+    refused('photos', rf"needs {package}: pip install 'mmseg-volo\[datasets\]'")
 
 
 def test_an_interrupted_run_leaves_nothing(here):

@@ -16,6 +16,7 @@ HEADS = {'UPerHead': 'UPerNet', 'SegformerHead': 'SegFormer head'}
 RARE = 0.02  # share of the training pixels below which a class is rare
 PRETRAINED_LR = 1e-4
 STEP = 32  # crops are multiples of it
+LONGEST = 512  # most pixels of the shorter side
 LINE = 120  # characters
 
 TEMPLATE = """# {title} on {name} from {start}: 1 process x {batch_size} images, {height} x {width} crops.
@@ -138,11 +139,11 @@ def choose_base(arch: str | None) -> Base:
 def choose_sizes(sizes: Sequence[tuple[int, int]], limit: int) -> Sizes:
     """Scale and crop for pictures of the given sizes (width, height).
 
-    Pictures are resized so that their shorter side is the median one, at most ``limit``. The crop is as large as a
-    resized picture, or a square if sizes differ; its sides are rounded down to multiples of 32 and are at most
-    ``limit``. Pictures more than twice as large as the crop are tested in windows.
+    Pictures are resized so that their shorter side is the median one, at most 512. The crop is as large as a resized
+    picture, or a square if sizes differ; its sides are rounded down to multiples of 32 and are at most ``limit``.
+    Pictures more than twice as large as the crop are tested in windows.
     """
-    shorter = min(limit, round(statistics.median(min(size) for size in sizes)))
+    shorter = min(LONGEST, round(statistics.median(min(size) for size in sizes)))
     if len(set(sizes)) == 1:
         width, height = (max(1, round(side * shorter / min(sizes[0]))) for side in sizes[0])
         scale = max(width, height), min(width, height)

@@ -281,7 +281,7 @@ def _describe(folder: str, plan: Plan, rule: str) -> None:
         if not plan.pixels('train')[i] and any(plan.pixels(s)[i] for s in plan.splits)
     ]
     if absent:
-        print(f'warning: no training picture has {", ".join(absent)}; another --seed may help')
+        print(f'warning: no training picture has {", ".join(absent)}')
 
 
 def _table(plan: Plan) -> PrettyTable:
@@ -306,10 +306,7 @@ def _write(plan: Plan, data: Path, overwrite: bool) -> None:
             drawn = _write_labels(plan, partial, names)
             for split, samples in plan.splits.items():
                 write_list(partial / f'{split}.txt', [(sample.image, names[sample.image]) for sample in samples])
-            record = dict(source=str(plan.annotations.tree.folder), format=plan.annotations.kind)
-            record |= dict(
-                classes=plan.classes.names, counts={split: len(found) for split, found in plan.splits.items()}
-            )
+            record = dict(source=str(plan.annotations.tree.folder), classes=plan.classes.names)
             (partial / RECORD).write_text(json.dumps(record, indent=1) + '\n')
             if overwrite and data.exists():
                 shutil.rmtree(data)

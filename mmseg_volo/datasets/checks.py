@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -203,7 +203,7 @@ def open_split(cfg: Config, split: str) -> list[CheckedDataSet]:
     return [CheckedDataSet(settings, split, decode_heads(cfg)[-1].num_classes) for settings in once]
 
 
-def in_threads(look: Callable, items: Sequence, title: str) -> Iterator:
+def in_threads(look: Callable, items: Sequence, title: str) -> Generator:
     """Results in order. Threads suffice, because decoders release Python's lock; processes would import mmseg first."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:

@@ -59,10 +59,11 @@ def divide(
     random.Random(seed).shuffle(left)
     splits = {}
     for position, (split, share) in enumerate(shares.items()):
-        target, chosen = share * len(names), []
+        target = share * len(names)
+        chosen: list[list[str]] = []
         most = len(left) - (len(shares) - position)  # at least a group for each split that follows
         for group in left:
-            if len(chosen) < most and sum(map(len, chosen)) + len(group) <= max(1, target + 0.5):
+            if len(chosen) < most and sum(len(other) for other in chosen) + len(group) <= max(1, target + 0.5):
                 chosen.append(group)
         chosen = chosen or [min(left, key=len)]
         left = [group for group in left if group not in chosen]

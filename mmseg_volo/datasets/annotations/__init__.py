@@ -58,9 +58,13 @@ def open_annotations(folder: str, form: str | None = None, masks: str | None = N
     if len(found) > 1:
         raise UserError(f'folder {folder} has {" and ".join(found)}; choose one with --annotations')
     if not found:
+        wanted = (
+            f'no {MaskAnnotations.kind if form == "masks" else REGION_FORMATS[form].kind}'
+            if form
+            else 'neither masks, such as masks/NAME.png, nor files of COCO, Labelme, CVAT for images or Label Studio'
+        )
         raise UserError(
-            f'folder {folder} has {len(tree.images)} pictures, but no {form or "annotations"}: masks in a folder such '
-            'as masks or labels, or files of COCO, Labelme, CVAT for images or Label Studio; see docs/finetune.md'
+            f'folder {folder} has {len(tree.images)} pictures, but {wanted}; docs/finetune.md shows examples'
         )
     [chosen] = found.values()
     return chosen
@@ -73,8 +77,10 @@ def _regions(tree: Tree, form: str | None) -> dict[str, Annotations]:
     files = [file for file in tree.files if file.lower().endswith(tuple({kind.suffix for kind in wanted.values()}))]
     bar: Iterable[str] = tqdm(files, 'annotations', unit='file', leave=False, delay=1, disable=None)
     for file in bar:
-        path = tree.path(file)
-        document = root_tag(path) if file.lower().endswith('.xml') else read_json(path)
+        try:
+            document = root_tag(tree.path(file)) if file.lower().endswith('.xml') else read_json(tree.path(file))
+        except UserError as error:
+            raise UserError(f'{error}; --annotations says which format to read' if form is None else error) from None
         for name, kind in wanted.items():
             if file.lower().endswith(kind.suffix) and kind.recognises(document):
                 found.setdefault(name, kind(tree)).add(file, document)

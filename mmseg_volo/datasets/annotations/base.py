@@ -209,7 +209,7 @@ class RegionAnnotations(Annotations):
         labels = {region.label for sample in self.samples for region in sample.content}
         by_spelling = defaultdict(set)
         for label in labels:
-            by_spelling[label.casefold().strip().replace('_', ' ').replace('-', ' ')].add(label)
+            by_spelling[label.casefold().replace('_', ' ').replace('-', ' ').strip()].add(label)
         for alike in by_spelling.values():
             if len(alike) > 1:
                 one, two = sorted(alike)[:2]
@@ -260,6 +260,8 @@ class RegionAnnotations(Annotations):
 
     def _rest(self, pixels: Mapping[Hashable, int], notes: list[str]) -> str:
         share = pixels.get(UNCOVERED, 0) / max(1, sum(pixels.values()))
+        if not share:
+            return 'void'
         rest = 'void' if share < 1 - COVERED else BACKGROUND
         other = BACKGROUND if rest == 'void' else 'void'
         means = 'void' if rest == 'void' else f'the class {BACKGROUND}'

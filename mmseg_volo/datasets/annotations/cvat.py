@@ -135,10 +135,14 @@ def elements(path: Path, tags: set[str] | None) -> Iterator[Any]:
                 if tags is None:
                     yield root.tag
                     return
-            if event == 'end' and element.tag in tags:
+            if event == 'end' and tags and element.tag in tags:
                 yield element
                 root.clear()  # what has been read
     except UserError:
         raise
     except Exception as error:  # the parser's and defusedxml's own kinds
-        raise UserError(f'{path} is no readable XML ({type(error).__name__}: {first_sentence(error)})') from None
+        if type(error).__name__ == 'DTDForbidden':
+            raise UserError(
+                f'{path} has a document type, which annotations do not need and which could do harm'
+            ) from None
+        raise UserError(f'{path} is no readable XML ({first_sentence(error)})') from None

@@ -154,35 +154,8 @@ class MaskAnnotations(Annotations):
         of = {value: value.id if value.id is not None else (value.colour or (0,))[0] for value in values}
         found = sorted(set(of.values()))
         inner = [number for number in found if number != VOID]
-        names, notes = self._names(found, inner, table)
+        names, notes = _invented(found, inner) if table is None else _listed(found, inner, table)
         return {value: names.get(of[value]) for value in sorted(values, key=of.__getitem__)}, notes
-
-    def _names(self, found: list[int], inner: list[int], table: ClassTable | None) -> tuple[dict[int, str], list[str]]:
-        if table is None:
-            if len(inner) == 1 and found != inner:
-                note = f'the masks have the values {inner[0]} and 255 alone: 255, elsewhere void, becomes class 1'
-                return dict(zip(found, BINARY, strict=True)), [f'{note}, {BINARY[1]}']
-            if len(inner) == 2:
-                note = [] if inner == [0, 1] else [f'{inner[1]} becomes class 1, {BINARY[1]}']
-                return dict(zip(inner, BINARY, strict=True)), note
-            names = {number: f'class_{number}' for number in inner}
-            notes = [f'{len(inner)} ids found; --classes FILE or --classes NAME NAME ... names them']
-            if inner != list(range(len(inner))):
-                notes.append(f'ids are renumbered: {abbreviated(inner)} become 0 to {len(inner) - 1}')
-            return names, notes
-        note = [f'classes from {table.source}'] if table.source != '--classes' else []
-        if table.numbers:
-            listed = {number: name for name, number in table.numbers.items()}
-            if not set(inner) <= listed.keys():
-                raise UserError(f'{table.source} lacks the ids {abbreviated(sorted(set(inner) - listed.keys()))}')
-            return {number: listed[number] for number in found if number in listed}, note
-        count = len(table.names)
-        if inner and inner[-1] < count:
-            return {number: table.names[number] for number in inner}, note
-        for numbers in (inner, found):
-            if len(numbers) == count:
-                return dict(zip(numbers, table.names, strict=True)), [*note, f'ids in order: {abbreviated(numbers)}']
-        raise UserError(f'{table.source} has {count} names, but the masks have {len(inner)} ids: {abbreviated(inner)}')
 
     def draw(self, sample: Sample, size: Size, ids: Mapping[Hashable, int]) -> np.ndarray:
         """The mask with class ids."""
@@ -195,6 +168,39 @@ class MaskAnnotations(Annotations):
         """The mask, if all are 8-bit PNG files in which each number is the id of its class."""
         same = all(isinstance(value, Value) and value.id == number for value, number in ids.items())
         return sample.content if same and self.read_in_place and not self.by_colour else None
+
+
+def _invented(found: list[int], inner: list[int]) -> tuple[dict[int, str], list[str]]:
+    """Names of the ids found, of which ``inner`` are not 255, and what to say about them."""
+    if len(inner) == 1 and found != inner:
+        only = f'the masks have the values {inner[0]} and 255 alone'
+        return dict(zip(found, BINARY, strict=True)), [f'{only}: 255, elsewhere void, becomes class 1, {BINARY[1]}']
+    if len(inner) == 2:
+        return dict(zip(inner, BINARY, strict=True)), [f'{inner[1]} becomes class 1'] if inner != [0, 1] else []
+    notes = [f'{len(inner)} ids found; --classes FILE or --classes NAME NAME ... names them']
+    if inner != list(range(len(inner))):
+        notes.append(f'ids are renumbered: {abbreviated(inner)} become 0 to {len(inner) - 1}')
+    return {number: f'class_{number}' for number in inner}, notes
+
+
+def _listed(found: list[int], inner: list[int], table: ClassTable) -> tuple[dict[int, str], list[str]]:
+    """Names from a table for the ids found: by its numbers, by its lines, or in the order of the ids."""
+    notes = [f'classes from {table.source}'] if table.source != '--classes' else []
+    count = len(table.names)
+    if table.numbers:
+        names = {number: name for name, number in table.numbers.items()}
+        missing = [number for number in inner if number not in names]
+        if missing:
+            raise UserError(f'{table.source} lacks the ids {abbreviated(missing)} of the masks')
+    elif not inner or inner[-1] < count:
+        names = dict(enumerate(table.names))
+    elif count in (len(inner), len(found)):
+        ordered = inner if len(inner) == count else found
+        names = dict(zip(ordered, table.names, strict=True))
+        notes.append(f'names in the order of the ids {abbreviated(ordered)}')
+    else:
+        raise UserError(f'{table.source} has {count} names, but the masks have {len(inner)} ids: {abbreviated(inner)}')
+    return {number: names[number] for number in found if number in names}, notes
 
 
 def read_mask(path: Path) -> Pixels:
@@ -268,10 +274,12 @@ def _pair(tree: Tree, pattern: str | None, notes: list[str]) -> list[Sample]:
             )
         else:
             partner[found[0]] = mask
+    if not pictures:
+        raise UserError(f'all pictures in {tree.folder} are masks by their names or --masks; none is left to segment')
     if not partner:
         raise UserError(
             f'no picture and mask in {tree.folder} have the same name, such as '
-            f'{next(iter(pictures), "no picture")} and {next(iter(masks))}'
+            f'{next(iter(pictures))} and {next(iter(masks))}'
         )
     for what, files in (('pictures without mask', [f for f in pictures if f not in partner]), ('masks alone', alone)):
         if files:

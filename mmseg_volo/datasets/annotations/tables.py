@@ -55,6 +55,10 @@ def read_table(path: Path) -> ClassTable:
     twice = [name for i, name in enumerate(names) if name in names[:i]]
     if twice:
         raise UserError(f'{path} has the class {twice[0]!r} twice')
+    if kinds == {1}:
+        names = [name for name, _ in sorted(rows, key=lambda row: row[1])]
+        if len({number for _, (number,) in rows}) < len(rows):
+            raise UserError(f'{path} gives one id to two classes')
     table = ClassTable(names, str(path))
     if kinds == {3}:
         table.colours = dict(rows)

@@ -9,19 +9,19 @@ SPLIT_NAMES = {
     **dict.fromkeys(('validation', 'valid', 'val', 'dev'), 'val'),
     **dict.fromkeys(('testing', 'test'), 'test'),
 }
-PICTURE_NAMES = ('jpegimages', 'images', 'image', 'imgs', 'img', 'leftimgbit', 'photos', 'pictures', 'frames', 'rgb')
-PICTURE_NAMES += ('inputs', 'input')
-MASK_NAMES = ('segmentationclasspng', 'segmentationclass', 'segmentations', 'segmentation', 'annotations', 'annotation')
-MASK_NAMES += ('annots', 'annot', 'anns', 'ann', 'labels', 'label', 'masks', 'mask', 'groundtruth', 'gtfine', 'gt')
-MASK_NAMES += ('targets', 'target', 'segs', 'seg')
-OTHER_NAMES = ('segmentationobjectpng', 'segmentationobject', 'segmentationclassvisualization', 'visualization')
-FILLERS = ('folder', 'dir', 'png')
+PICTURE_NAMES = 'jpegimages images image imgs img leftimgbit photos pictures frames rgb inputs input'.split()
+MASK_NAMES = (
+    'segmentationclasspng segmentationclass segmentations segmentation annotations annotation annots annot anns ann '
+    'labels label masks mask groundtruth gtfine gt targets target segs seg'
+).split()
+OTHER_NAMES = 'segmentationobjectpng segmentationobject segmentationclassvisualization visualization'.split()
+FILLERS = 'folder dir png'.split()
 
 _PARTS = re.compile(
     '|'.join(
         f'(?P<{kind}>{"|".join(names)})'
         for kind, names in dict(
-            other=OTHER_NAMES, mask=MASK_NAMES, picture=PICTURE_NAMES, split=tuple(SPLIT_NAMES), filler=FILLERS
+            other=OTHER_NAMES, mask=MASK_NAMES, picture=PICTURE_NAMES, split=list(SPLIT_NAMES), filler=FILLERS
         ).items()
     )
 )
