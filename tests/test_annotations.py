@@ -1,7 +1,9 @@
 """Formats of annotations: what each draws, against independent rasterisers, and what it refuses."""
 
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 
 import annotated
@@ -19,11 +21,13 @@ from mmseg_volo.datasets.annotations.drawing import UNCOVERED, Region, area, cli
 from mmseg_volo.datasets.annotations.label_studio import decode_brush
 from mmseg_volo.datasets.annotations.tables import find_table, read_table
 from mmseg_volo.datasets.annotations.words import place_of, without_mask_ending
+from mmseg_volo.datasets.checks import LabelError
 from mmseg_volo.errors import UserError
 
 coco_mask = pytest.importorskip('pycocotools.mask')
 pytest.importorskip('defusedxml')
 WIDTH, HEIGHT = SIZE
+EXAMPLES = int(os.environ.get('EXAMPLES', 30))  # of damage; more for a longer search
 # mask2rle of label-studio-converter 0.0.59 for the mask that `test_brush_strokes...` builds.
 OFFICIAL = (
     '00005dc0391bff0aa700e03a7ffc064c023ffc2e011ffe17008fff0b8047ff85c023ffc2e011ffe17008fff0b8047ff85c023ffbe01c09ef'
@@ -522,6 +526,64 @@ def open_annotations_of_masks(photos: Path) -> bool:
     with pytest.raises(UserError, match='has 2 pictures, but no masks'):
         open_annotations(str(photos), 'masks')
     return False
+
+
+ODD = [None, -1, 0, 1.5, 1e308, float('nan'), '', 'x', '\udcff', '../a_1.png', [], {}, [[]], [None], 10**30, True]
+
+
+def containers(node) -> list:
+    """Every list and dict inside a document, and the document."""
+    inner = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    return ([node] if isinstance(node, dict | list) and node else []) + [
+        c for value in inner for c in containers(value)
+    ]
+
+
+def survives(folder: Path) -> None:
+    """Reading and drawing must end, with one sentence if not with a result."""
+    try:
+        annotations = open_annotations(str(folder))
+        for sample in annotations.samples:
+            pixels = annotations.look(sample, SIZE)
+            annotations.draw(sample, SIZE, annotations.classes(pixels, None, None, ()).ids)
+    except (UserError, LabelError):
+        pass
+
+
+@pytest.mark.parametrize('form', ['labelme', 'coco', 'label_studio'])
+def test_any_odd_value_in_a_file_is_read_or_refused(form, photos):
+    getattr(annotated, form)(photos, NAMES[:2])
+    path = sorted(photos.glob('*.json'))[0]
+    text = path.read_text()
+
+    @settings(deadline=None, max_examples=EXAMPLES)
+    @given(st.lists(st.tuples(st.floats(0, 0.999), st.floats(0, 0.999), st.sampled_from(ODD)), min_size=1, max_size=2))
+    def change(edits):
+        document = json.loads(text)
+        for where, which, value in edits:
+            found = containers(document)
+            if found:
+                container = found[int(where * len(found))]
+                key = list(container)[int(which * len(container))] if isinstance(container, dict) else None
+                container[int(which * len(container)) if key is None else key] = value
+        path.write_text(json.dumps(document))
+        survives(photos)
+
+    change()
+
+
+@settings(deadline=None, max_examples=3 * EXAMPLES)
+@given(st.sampled_from(['labelme', 'cvat', 'coco']), st.floats(0, 0.999), st.binary(max_size=5), st.integers(0, 9))
+def test_any_damage_to_a_file_is_read_or_refused(tmp_path_factory, form, where, inserted, lost):
+    folder = tmp_path_factory.getbasetemp() / 'damaged'
+    shutil.rmtree(folder, ignore_errors=True)
+    annotated.write_pictures(folder, NAMES[:1])
+    getattr(annotated, form)(folder, NAMES[:1])
+    [path] = [path for path in folder.iterdir() if path.suffix != '.png']
+    content = path.read_bytes()
+    at = int(where * len(content))
+    path.write_bytes(content[:at] + inserted + content[at + lost :])
+    survives(folder)
 
 
 def test_huge_files_are_refused_before_they_are_read(photos, monkeypatch):
