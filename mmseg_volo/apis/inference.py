@@ -13,11 +13,12 @@ import numpy as np
 from tqdm import tqdm
 
 from .._files import IMAGE_SUFFIXES, distinct_names, find_files, whole
-from ..config import check_tta, load_config, make_writable
+from ..config import check_tta, make_writable
 from ..errors import UserError
 from ..export.loading import device_for
 from ..visualization import label_png, overlay, save_whole, with_legend
 from .predictor import Picture, Predictor, Undecodable
+from .sources import load_model, try_out
 from .threads import in_threads
 from .video import VIDEO_SUFFIXES, segment_video
 
@@ -27,7 +28,7 @@ RESULTS = {'labels': 'pred', 'overlay': 'vis', 'prob': 'prob'}  # kinds of resul
 
 def infer(
     config: str,
-    checkpoint: str,
+    checkpoint: str | None,
     images: Sequence[str],
     out_dir: str = 'out',
     device: str = 'auto',
@@ -42,6 +43,8 @@ def infer(
     """Segment images and videos. A video gives an overlay only.
 
     Args:
+        config: a config's path or name; ``hf://owner/name``; or a folder that ``mmseg-volo push`` wrote.
+        checkpoint: the weights; None takes those of ``config``, if it has any.
         images: files, folders with their subfolders, and glob patterns.
         device: ``'auto'`` uses a GPU if one is available.
         save: ``'labels'`` writes indexed PNG files to ``out_dir/pred``, ``'overlay'`` writes overlays with a legend to
@@ -66,11 +69,13 @@ def infer(
     videos = [path for path in outputs if _is_video(path)]
     if videos and 'overlay' not in save:
         raise UserError(f'{videos[0]} is a video, which becomes an overlay only; add overlay to --save')
-    cfg = load_config(config, cfg_options or {})
+    model = load_model(config, checkpoint, cfg_options or {})
     if tta:
-        check_tta(cfg, config)
-    device = device_for(checkpoint, device, compile, openvino)
-    predictor = Predictor(cfg, checkpoint, device, tta, amp, compile, openvino)
+        check_tta(model.config, config)
+    device = device_for(model.checkpoint, device, compile, openvino)
+    predictor = Predictor(model.config, model.checkpoint, device, tta, amp, compile, openvino)
+    if model.is_foreign:
+        try_out(predictor.model, config)
     out = make_writable(out_dir)
     skipped, broken, start = [], [], time.perf_counter()
     results = _segment_files(outputs, out, predictor, opacity, save)

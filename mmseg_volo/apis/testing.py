@@ -25,7 +25,7 @@ from .._extras import without_tensorboard
 from .._files import file_sha256
 from .._version import __version__
 from ..checkpoints.download import local_copy
-from ..config import check_tta, data_sets, load_config, make_writable, set_work_dir, without_steps
+from ..config import check_tta, data_sets, make_writable, set_work_dir, without_steps
 from ..datasets.checks import check_data
 from ..engine.console import runner_on_terminal
 from ..engine.distributed import join_processes
@@ -34,6 +34,7 @@ from ..evaluation.report import read_run, summary, write_results
 from ..export.loading import device_for, load_exported
 from ..export.runtime import is_exported
 from ..models.pretrained import load_segmentor
+from .sources import load_model, try_out
 
 SERVER_FORMATS = {
     'cityscapes': (CityscapesDataset, dict(type='CityscapesLabelIds', format_only=True, keep_results=True)),
@@ -43,7 +44,7 @@ SERVER_FORMATS = {
 
 def test(
     config: str,
-    checkpoint: str,
+    checkpoint: str | None = None,
     work_dir: str | None = None,
     out_dir: str | None = None,
     show_dir: str | None = None,
@@ -58,8 +59,9 @@ def test(
     """Measure a checkpoint on the config's test set; returns the mean scores and writes a report.
 
     Args:
-        config: a file, or the name of a shipped config.
-        checkpoint: a segmentor's weights, which must fit the config's model exactly, or an exported file.
+        config: a file, the name of a shipped config, ``hf://owner/name``, or a folder that ``mmseg-volo push`` wrote.
+        checkpoint: a segmentor's weights, which must fit the config's model exactly, or an exported file. None takes
+            those of ``config``.
         work_dir: folder for logs; ``work_dirs/<config name>`` by default.
         out_dir: folder for ``metrics.json``, ``report.html`` and the rest (docs/measuring.md); by default the work dir.
         show_dir: folder for one picture per image that shows image, truth and prediction.
@@ -79,10 +81,11 @@ def test(
         raise UserError(
             '--format neither measures nor reads labels, so --show-dir and --compare cannot be used with it'
         )
+    found = load_model(config, checkpoint, cfg_options or {}, with_data=True)
+    cfg, checkpoint = found.config, found.checkpoint
     device_for(checkpoint, 'auto', openvino=openvino)
     if is_exported(checkpoint) and launcher != 'none':
         raise UserError(f'--launcher {launcher} does not go with {checkpoint}: an exported file runs in one process')
-    cfg = load_config(config, cfg_options or {})
     config_sha256 = _sha256(cfg.pretty_text.encode())  # before this run's folders are set
     join_processes(cfg, launcher)
     cfg.load_from, cfg.resume = None, False
@@ -117,6 +120,8 @@ def test(
             load_exported(model, checkpoint, data_sets(cfg.test_dataloader.dataset)[0], openvino)
         else:
             load_segmentor(model, checkpoint)
+        if found.is_foreign:
+            try_out(model, config)
         if server_format:
             runner.test()
             if is_main_process():
