@@ -19,8 +19,8 @@ for step in about['resize']:  # as large as fits into the scale, in either orien
 pixels = np.asarray(image, np.float32)[..., :: 1 if about['channels'] == 'RGB' else -1]
 pixels = (pixels - np.float32(about['mean'])) / np.float32(about['std'])
 logits = session.run(None, {'images': pixels.transpose(2, 0, 1)[None]})[0][0]
-binary = about['threshold'] is not None
-labels = 1 / (1 + np.exp(-logits[0])) > about['threshold'] if binary else logits.argmax(0)
+t = about['threshold']  # of a probability, if there is one logit for two classes
+labels = logits.argmax(0) if t is None else logits[0] > np.log(t / (1 - t))
 result = Image.fromarray(labels.astype(np.uint8)).resize(size, Image.NEAREST)
 result.putpalette(sum(about['palette'], []))
 result.save(out)

@@ -1,31 +1,19 @@
 """The command that exports models."""
 
 import argparse
+from typing import Any
 
-from .arguments import DEFAULT, add_config
+from .arguments import DEFAULT, add_model
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
-    add_config(parser)
-    parser.add_argument('checkpoint', help="the model's weights")
+    add_model(parser)
     parser.add_argument('--out', metavar='FILE', required=True, help='an .onnx or .pt2 file')
     parser.add_argument('--opset', type=int, metavar='N', help="version of ONNX's operators (default: 18)")
     precision = parser.add_mutually_exclusive_group()
-    precision.add_argument(
-        '--fp16',
-        dest='precision',
-        action='store_const',
-        const='float16',
-        default='float32',
-        help='half the size of the file',
-    )
-    precision.add_argument(
-        '--int8',
-        dest='precision',
-        action='store_const',
-        const='int8',
-        help='8-bit integers, calibrated on training data',
-    )
+    chosen: dict[str, Any] = dict(dest='precision', action='store_const', default='float32')
+    precision.add_argument('--fp16', const='float16', help='16-bit numbers: half the size of the file', **chosen)
+    precision.add_argument('--int8', const='int8', help='8-bit integers, calibrated on training images', **chosen)
     parser.add_argument(
         '--calibration-images', type=int, default=64, metavar='N', help='training images for --int8 ' + DEFAULT
     )

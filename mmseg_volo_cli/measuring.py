@@ -9,7 +9,13 @@ def _add_benchmark(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--quick', action='store_true', help='fewer rounds: minutes on two CPU cores')
     parser.add_argument('--compiled', action='store_true', help='also measure timm under torch.compile')
     names = ['operator', 'forward', 'train-step', 'memory', 'segmentor', 'segmentor-memory', 'biased-attention']
-    parser.add_argument('--tables', nargs='+', choices=names, default=names, help='tables to print (default: all)')
+    parser.add_argument(
+        '--tables',
+        nargs='+',
+        choices=[*names, 'runtimes'],
+        default=names,
+        help='tables to print (default: all but runtimes, which needs the extra export)',
+    )
     parser.add_argument('--out', metavar='JSON', help='also write every measurement to this file')
     add_device(parser)
 

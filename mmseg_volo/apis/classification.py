@@ -77,14 +77,16 @@ def classify(
         raise UserError(f'--workers must be at least 0, got {workers}')
     path = None if out is None else output_path(out, '.json')
     device = device_for(checkpoint, device, openvino=openvino)
-    named = named_classifier(model, '' if is_exported(checkpoint) else checkpoint)
     network: Callable[[Tensor], Tensor] | None = None
     if is_exported(checkpoint):
         network, named = exported_classifier(checkpoint, model, openvino, amp)
+        amp = False
+    else:
+        named = named_classifier(model, checkpoint)
     labelled = labelled_images(imagenet, labels) if imagenet else None
     files = labelled.files if labelled else find_files(images, {'image': IMAGE_SUFFIXES})
     network = network or named.load(checkpoint).to(device)
-    classifier = _Classifier(named, network, device, amp and not is_exported(checkpoint), batch_size, workers)
+    classifier = _Classifier(named, network, device, amp, batch_size, workers)
     result: dict[str, Any] = dict(
         model=named.name,
         weights=named.weights,

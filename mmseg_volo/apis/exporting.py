@@ -18,24 +18,25 @@ from torch.export import ExportedProgram
 
 from .._files import whole_with_companions
 from ..checkpoints.wording import first_sentence
-from ..config import data_sets, load_config, output_path, without_steps
+from ..config import data_sets, output_path, without_steps
 from ..datasets.checks import check_data
 from ..errors import UserError
 from ..export import onnx_file, program_file, rounding
 from ..export.check import SIZES, TOLERANCES, difference, random_images
-from ..export.description import as_json, dataset_meta, describe_classifier, describe_segmentor
+from ..export.description import as_json, classes_of, describe_classifier, describe_segmentor
+from ..export.loading import load_weights
 from ..export.program import Network, record
-from ..export.runtime import Runtime
+from ..export.runtime import Runtime, is_exported
 from ..models.named_classifiers import classifier_names, named_classifier
-from ..models.pretrained import load_segmentor
 from .classification import class_names
+from .sources import load_model, try_out
 
 SHOWN = 4  # training images for which the labels of an int8 file are compared
 
 
 def export(
     config: str,
-    checkpoint: str,
+    checkpoint: str | None,
     out: str,
     opset: int | None = None,
     precision: str = 'float32',
@@ -46,8 +47,10 @@ def export(
     """Write a segmentor or a classifier as ONNX or as a program of torch.export, and compare it with the checkpoint.
 
     Args:
-        config: a config's path or name, or the name of a classifier, see ``named_classifier``.
-        checkpoint: the model's weights.
+        config: a config's path or name; ``hf://owner/name``; a folder that ``mmseg-volo push`` wrote; or the name of a
+            classifier, see ``named_classifier``.
+        checkpoint: the model's weights; None takes those of ``config``, if it has any. For another precision, also an
+            ``.onnx`` file that this function wrote for a segmentor, which saves the time to record it.
         out: ``.onnx`` or ``.pt2`` file, which appears whole or not at all.
         opset: version of ONNX's operators, 18 by default.
         precision: ``'float32'``; ``'float16'``, which halves the file; or ``'int8'``, which rounds the weights and the
@@ -69,6 +72,9 @@ def export(
         raise UserError('--opset, --fp16 and --int8 are for .onnx files')
     if calibration_images < 1:
         raise UserError(f'--calibration-images must be at least 1, got {calibration_images}')
+    reused = checkpoint is not None and is_exported(checkpoint)
+    if reused and (precision == 'float32' or opset is not None or not checkpoint.lower().endswith('.onnx')):
+        raise UserError(f'{checkpoint} is exported already: only --fp16 and --int8 apply, and only to .onnx files')
     opset = onnx_file.OPSET if opset is None else opset
     if is_onnx:
         onnx_file.check_possible(opset)
@@ -76,32 +82,17 @@ def export(
     if not Path(config).is_file() and config.partition('.')[0] in classifier_names():
         model = _classifier(config, checkpoint, precision, cfg_options)
     else:
-        model = _segmentor(config, checkpoint, cfg_options)
+        model = _segmentor(config, checkpoint, cfg_options, precision == 'int8')
         if precision == 'int8':
             check_data(model.cfg, ('train',))
-    said(f'{checkpoint} loaded')
-    program = _recorded(model)
-    said(f'recorded for any batch{"" if model.size else ", height and width"}')
+    said(f'{checkpoint or config} loaded')
     with whole_with_companions(path) as file:
-        if is_onnx:
-            onnx_file.write(program, file, opset, as_json(model.description))
-        else:
-            program_file.save(program, file, as_json(model.description))
-        del program
-        said(f'written as {f"ONNX, opset {opset}" if is_onnx else "a program of torch.export"}')
-        images = random_images(model.shapes())
-        _compare(model, file, out, images, 'float32')
-        if precision == 'float16':
-            rounding.to_float16(file, file, as_json(model.description | dict(precision=precision)))
-            said('converted to float16')
-            _compare(model, file, out, images, precision)
-        elif precision == 'int8':
-            pictures = islice(_training_images(model, seed), calibration_images)
-            shown = list(islice(pictures, SHOWN))
-            rounding.to_int8(file, file, as_json(model.description | dict(precision=precision)), chain(shown, pictures))
-            said(f'rounded to 8 bits with the ranges of up to {calibration_images} training images')
-            _compare(model, file, out, shown, precision)
-        said('compared')
+        if not reused:
+            _write(model, file, out, opset, said)
+        if precision != 'float32':
+            source = Path(checkpoint).expanduser() if reused else file
+            pictures = islice(_training_images(model, seed), calibration_images) if precision == 'int8' else iter(())
+            _round(model, source, file, out, precision, pictures, said)
     print(f'{path}: {path.stat().st_size / 1e6:.1f} MB')
     if model.cfg is not None:
         print(f'to see what this costs: mmseg-volo test {config} {path} --compare METRICS_OF_THE_CHECKPOINT.json')
@@ -112,12 +103,13 @@ def export(
 class _Model:
     """A model that is about to be exported.
 
-    ``cfg`` is a segmentor's config, ``size`` the only size of a classifier's pictures, ``foreign`` the names of layers
-    that are not ours.
+    ``reference`` says what runs ``network``, ``cfg`` is a segmentor's config, ``size`` the only size of a classifier's
+    pictures, ``foreign`` the names of layers that are not ours.
     """
 
     network: nn.Module
     description: dict[str, Any]
+    reference: str = f'PyTorch {torch.__version__.partition("+")[0]}'
     cfg: Config | None = None
     size: tuple[int, int] | None = None
     foreign: str | None = None
@@ -141,22 +133,30 @@ class _Steps:
         self.start = now
 
 
-def _segmentor(config: str, checkpoint: str, cfg_options: dict | None) -> _Model:
-    cfg = load_config(config, cfg_options or {})
+def _segmentor(config: str, checkpoint: str | None, cfg_options: dict | None, with_data: bool = False) -> _Model:
+    found = load_model(config, checkpoint, cfg_options or {}, with_data)
+    cfg = found.config
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
+        warnings.simplefilter('ignore')  # without a checkpoint mmseg guesses the classes; they are set below
         model = init_model(cfg, checkpoint=None, device='cpu')
-    meta = load_segmentor(model, checkpoint).get('dataset_meta')
-    meta = meta or dataset_meta(data_sets(cfg.test_dataloader.dataset)[0])
+    loaded = load_weights(model, found.checkpoint, cfg)
+    if (precision := loaded.get('precision') or 'float32') != 'float32':
+        raise UserError(f'{found.checkpoint} has numbers in {precision} already: give a float32 file or a checkpoint')
+    if found.is_foreign:
+        try_out(model, config)
+    meta = loaded.get('dataset_meta') or classes_of(data_sets(cfg.test_dataloader.dataset)[0])
     if meta is None:
-        raise UserError(f'neither {checkpoint} nor the data set of {config} names the classes')
+        raise UserError(f'neither {found.checkpoint} nor the data set of {config} names the classes')
     description = describe_segmentor(cfg, model, meta, Path(config).stem)
     parts = [getattr(model, name) for name in ('backbone', 'neck', 'decode_head') if hasattr(model, name)]
     foreign = [type(part).__name__ for part in parts if not type(part).__module__.startswith('mmseg_volo.')]
-    return _Model(Network(model), description, cfg, foreign=' and '.join(foreign) or None)
+    reference = str(model.network) if is_exported(found.checkpoint) else _Model.reference
+    return _Model(Network(model), description, reference, cfg, foreign=' and '.join(foreign) or None)
 
 
-def _classifier(name: str, checkpoint: str, precision: str, cfg_options: dict | None) -> _Model:
+def _classifier(name: str, checkpoint: str | None, precision: str, cfg_options: dict | None) -> _Model:
+    if checkpoint is None:
+        raise UserError(f'{name} has no weights of its own: give a checkpoint after it')
     if cfg_options:
         raise UserError(f'--cfg-options are for configs; {name} is a classifier')
     if precision == 'int8':
@@ -181,10 +181,41 @@ def _recorded(model: _Model) -> ExportedProgram:
         raise UserError(f'torch.export cannot record {model.foreign}: {first_sentence(error)}') from error
 
 
+def _write(model: _Model, file: Path, out: str, opset: int, said: _Steps) -> None:
+    """Write the model in float32, and compare the file with it."""
+    program = _recorded(model)
+    said(f'recorded for any batch{"" if model.size else ", height and width"}')
+    if file.suffix == '.onnx':
+        onnx_file.write(program, file, opset, as_json(model.description))
+    else:
+        program_file.save(program, file, as_json(model.description))
+    del program
+    said(f'written as {f"ONNX, opset {opset}" if file.suffix == ".onnx" else "a program of torch.export"}')
+    _compare(model, file, out, random_images(model.shapes()), 'float32')
+    said('compared')
+
+
+def _round(
+    model: _Model, source: Path, file: Path, out: str, precision: str, pictures: Iterator[Tensor], said: _Steps
+) -> None:
+    """Write the ONNX file ``source`` in another precision, and compare that with the model."""
+    text = as_json(model.description | dict(precision=precision))
+    if precision == 'float16':
+        rounding.to_float16(source, file, text)
+        said('converted to float16')
+        images: Sequence[Tensor] = random_images(model.shapes())
+    else:
+        images = list(islice(pictures, SHOWN))
+        rounding.to_int8(source, file, text, chain(images, pictures))
+        said('rounded to 8 bits, with ranges from training images')
+    _compare(model, file, out, images, precision)
+    said('compared')
+
+
 def _compare(model: _Model, file: Path, out: str, images: Sequence[Tensor], precision: str) -> None:
     """Print how the file differs from the checkpoint; raise if float32 or float16 explain less than that."""
     runtime, tolerance = Runtime(str(file)), TOLERANCES[precision]
-    print(f'{runtime.name} {runtime.version} against PyTorch {torch.__version__.partition("+")[0]}:')
+    print(f'{runtime} against {model.reference}:')
     for batch in images:
         found = difference(model.network, runtime, batch, tolerance, model.description.get('threshold'))
         print(f'  {found}', flush=True)

@@ -11,16 +11,16 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmseg.apis import init_model
-from mmseg.registry import DATASETS, MODELS
+from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from torch import Tensor
 
 from .._device import mixed_precision
 from ..config import data_sets, without_steps
 from ..errors import UserError
-from ..export.loading import load_exported
+from ..export.description import classes_of
+from ..export.loading import load_weights
 from ..export.runtime import is_exported
-from ..models.pretrained import load_segmentor
 from ..models.segmentor import best_class, compile_backbone, last_head
 
 ROWS = 256  # of probabilities, computed at a time
@@ -77,20 +77,21 @@ class Predictor:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # without a checkpoint mmseg guesses the classes; they are set below
             self.model = init_model(cfg, checkpoint=None, device='cpu')
-        if is_exported(checkpoint):
-            dataset = data_sets(cfg.test_dataloader.dataset)[0]
-            meta, amp = load_exported(self.model, checkpoint, dataset, openvino, amp)['dataset_meta'], False
-        else:
-            meta = load_segmentor(self.model, checkpoint).get('dataset_meta')
-        meta = meta or _classes_of(data_sets(cfg.test_dataloader.dataset)[0])
+        dataset = data_sets(cfg.test_dataloader.dataset)[0]
+        meta = load_weights(self.model, checkpoint, cfg, openvino, amp).get('dataset_meta') or classes_of(dataset)
+        if not meta:
+            raise UserError(
+                'the checkpoint does not name its classes, and neither does test_dataloader.dataset: '
+                f'its type is {dataset.get("type")!r}'
+            )
         self.classes, self.palette = meta['classes'], meta['palette']
         self.model.to(device)
         if compiled:
             compile_backbone(self.model)
-        self.device, self.amp = device, amp
+        self.device, self.amp = device, amp and not is_exported(checkpoint)
         self.tester = MODELS.build(dict(cfg.tta_model, module=self.model)) if tta else self.model
         self.segments = hasattr(self.tester, 'segment')  # SlidingSegmentor does, and needs no packing
-        steps = cfg.tta_pipeline if tta else data_sets(cfg.test_dataloader.dataset)[0].pipeline
+        steps = cfg.tta_pipeline if tta else dataset.pipeline
         # Images are already decoded and have no labels.
         left_out = ('LoadImageFromFile', 'LoadAnnotations', *(['PackSegInputs'] if self.segments else []))
         self.pipeline = Compose([dict(type='LoadImageFromNDArray'), *without_steps(steps, left_out)])
@@ -163,21 +164,6 @@ class Predictor:
         for to, rows in zip(prob.split(ROWS, 1), logits.split(ROWS, 1), strict=True):  # never all rows in float32
             to.copy_(rows.softmax(0))
         return best_class(logits).byte().numpy(), prob.numpy()
-
-
-def _classes_of(dataset: dict) -> dict:
-    """Classes and palette of a data set's config, for checkpoints that do not name their classes."""
-    if {'classes', 'palette'} <= (dataset.get('metainfo') or {}).keys():
-        return dataset['metainfo']
-    kind = dataset.get('type')
-    if (dataset.get('metainfo') or {}).get('classes'):
-        return DATASETS.build({**dataset, 'pipeline': [], 'lazy_init': True}).metainfo
-    found: Any = DATASETS.get(kind) if isinstance(kind, str) else kind
-    if not hasattr(found, 'METAINFO'):
-        raise UserError(
-            f'the checkpoint does not name its classes, and neither does test_dataloader.dataset: its type is {kind!r}'
-        )
-    return found.METAINFO
 
 
 def _is_odd(image: np.ndarray) -> bool:

@@ -125,7 +125,7 @@ def try_out(model: Any, source: str) -> None:
     image = torch.zeros(3, SIDE, SIDE, dtype=torch.uint8)
     model.eval()
     with _blamed(source):
-        model(model.data_preprocessor(dict(inputs=[image]))['inputs'], mode='tensor')
+        model.encode_decode(model.data_preprocessor(dict(inputs=[image]))['inputs'], [dict(img_shape=image.shape[1:])])
 
 
 @contextmanager

@@ -31,9 +31,8 @@ from ..engine.console import runner_on_terminal
 from ..engine.distributed import join_processes
 from ..errors import UserError
 from ..evaluation.report import read_run, summary, write_results
-from ..export.loading import device_for, load_exported
+from ..export.loading import device_for, load_weights
 from ..export.runtime import is_exported
-from ..models.pretrained import load_segmentor
 from .sources import load_model, try_out
 
 SERVER_FORMATS = {
@@ -116,10 +115,7 @@ def test(
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
         dataset = runner.test_dataloader.dataset
-        if is_exported(checkpoint):
-            load_exported(model, checkpoint, data_sets(cfg.test_dataloader.dataset)[0], openvino)
-        else:
-            load_segmentor(model, checkpoint)
+        load_weights(model, checkpoint, cfg, openvino)
         if found.is_foreign:
             try_out(model, config)
         if server_format:
@@ -144,7 +140,7 @@ def test(
                 checkpoint_sha256=file_sha256(Path(local_copy(str(checkpoint))).expanduser()),
                 seed=runner.seed,
                 date=datetime.now().isoformat(timespec='seconds'),
-                device=str(getattr(model, 'network', None) or next(model.parameters()).device),
+                device=f'cpu, {model.network}' if is_exported(checkpoint) else str(next(model.parameters()).device),
                 versions={module.__name__: module.__version__ for module in (torch, mmengine, mmseg, timm, np)},
             )
             record['versions']['mmseg_volo'] = __version__

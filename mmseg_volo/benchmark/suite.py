@@ -13,6 +13,7 @@ from ..ops import explain
 from .attention import AttentionBench
 from .backbone import BackboneBench
 from .heads import HeadBench
+from .runtimes import RuntimeBench
 from .segmentor import segmentor_speed
 from .tables import print_table
 from .timing import environment
@@ -26,6 +27,7 @@ TITLES = {
     'segmentor-memory': 'activations of a whole segmentor that a train step keeps',
     'biased-attention': "attention with relative bias: ours against timm's, which stores the whole bias",
 }
+MORE = {'runtimes': 'exported segmentors on a CPU: ours is PyTorch in float32'}  # need another extra
 
 
 def run_benchmark(
@@ -46,7 +48,7 @@ def run_benchmark(
         quick: fewer rounds, and no timm in channels_last.
         compiled: also measure timm under ``torch.compile``, which takes minutes on a CPU.
         out: JSON file that also gets every measurement.
-        tables: keys of ``TITLES``; the others are left out.
+        tables: keys of ``TITLES`` or ``MORE``; the others are left out.
         segmentors: configs whose whole train step is measured on a GPU.
 
     Raises:
@@ -59,7 +61,7 @@ def run_benchmark(
     print('\n'.join(f'{key}: {value}' for key, value in env.items()) + f'\n{explain()}')
 
     backbone, heads = BackboneBench(device, quick, compiled), HeadBench(device, quick)
-    attention = AttentionBench(device, quick)
+    attention, runtimes = AttentionBench(device, quick), RuntimeBench(quick)
     measures = {
         'operator': backbone.operator,
         'forward': backbone.forward,
@@ -68,13 +70,16 @@ def run_benchmark(
         'segmentor': heads.speed,
         'segmentor-memory': heads.memory,
         'biased-attention': attention.measure,
+        'runtimes': runtimes.speed,
     }
     of_heads = [name for name in tables if name.startswith('segmentor')]
     of_attention = [name for name in tables if name == 'biased-attention']
+    of_runtimes = [name for name in tables if name in MORE]
     rows = [
-        *(backbone.parity() if len(of_heads) + len(of_attention) < len(tables) else []),
+        *(backbone.parity() if len(of_heads) + len(of_attention) + len(of_runtimes) < len(tables) else []),
         *(heads.parity() if of_heads else []),
         *(attention.parity() if of_attention else []),
+        *(runtimes.parity() if of_runtimes else []),
     ]
     dtype = backbone.dtype_name
     print_table(rows, f'parity: largest error against float64, relative to the largest value ({dtype})')
@@ -85,7 +90,7 @@ def run_benchmark(
     found = {'parity': rows}
     for name in tables:
         found[name] = measures[name]()
-        print_table(found[name], f'{TITLES[name]} ({dtype})')
+        print_table(found[name], f'{(TITLES | MORE)[name]} ({dtype})')
     if device == 'cuda' and of_heads:
         found['recipes'] = [segmentor_speed(config, device) for config in segmentors]
         print_table(found['recipes'], 'whole train step, bfloat16 autocast, AdamW')

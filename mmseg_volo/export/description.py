@@ -1,11 +1,13 @@
 """The description in an exported file: everything that happens to a picture before and after the network."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mmengine.config import Config
 from mmseg.registry import DATASETS
+from timm.data import resolve_data_config
+from torch import Tensor
 
 from .._version import __version__
 from ..config import data_sets, type_name, without_steps
@@ -16,6 +18,22 @@ from ..models.segmentor import last_head
 KEY = 'mmseg_volo'  # under which a file stores the description as JSON
 VERSION = 1
 INPUT, OUTPUT = 'images', 'logits'
+# What a description must have, and the tests of its values.
+FORMS: dict[str, dict[str, Callable[[Any], bool]]] = dict(
+    segmentation=dict(
+        classes=lambda value: _is_list(value, str),
+        palette=lambda value: _is_list(value, list) and all(len(c) == 3 and _is_list(c, int) for c in value),
+        channels=lambda value: value in ('RGB', 'BGR'),
+        mean=lambda value: _is_list(value, int | float),
+        std=lambda value: _is_list(value, int | float),
+        threshold=lambda value: value is None or isinstance(value, int | float),
+    ),
+    classification=dict(
+        model=lambda value: isinstance(value, str),
+        weights=lambda value: isinstance(value, str),
+        transform=lambda value: isinstance(value, dict) and value.keys() == resolve_data_config({}).keys(),
+    ),
+)
 NOT_GEOMETRY = ('LoadImageFromFile', 'LoadImageFromNDArray', 'LoadAnnotations', 'PackSegInputs')
 
 
@@ -76,18 +94,30 @@ def normalisation(data_preprocessor: Any) -> dict[str, Any]:
     is_set = data_preprocessor._enable_normalize
     return dict(
         channels='RGB' if data_preprocessor._channel_conversion else 'BGR',  # OpenCV decodes to BGR
-        mean=data_preprocessor.mean.flatten().tolist() if is_set else [0.0, 0.0, 0.0],
-        std=data_preprocessor.std.flatten().tolist() if is_set else [1.0, 1.0, 1.0],
+        mean=_decimals(data_preprocessor.mean) if is_set else [0.0, 0.0, 0.0],
+        std=_decimals(data_preprocessor.std) if is_set else [1.0, 1.0, 1.0],
     )
 
 
-def dataset_meta(dataset: Mapping) -> dict[str, Any] | None:
+def _decimals(values: Tensor) -> list[float]:
+    """The numbers as they were written before they became float32."""
+    return [float(f'{value:.8g}') for value in values.flatten().tolist()]
+
+
+def classes_of(dataset: Mapping) -> Mapping[str, Any] | None:
     """``classes`` and ``palette`` that a data set's config tells, or None."""
+    metainfo = dataset.get('metainfo') or {}
+    if {'classes', 'palette'} <= metainfo.keys():
+        return metainfo
     kind = dataset.get('type')
     if (DATASETS.get(kind) if isinstance(kind, str) else kind) is None:
         return None
     found = DATASETS.build({**dataset, 'pipeline': [], 'lazy_init': True}).metainfo
     return found if found.get('classes') else None
+
+
+def _is_list(value: Any, kind: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, kind) for item in value)
 
 
 def as_json(description: Mapping) -> str:
@@ -109,10 +139,12 @@ def parsed(text: str | None, path: str, task: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
         version, actual = found['version'], found['task']
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f'the metadata {KEY!r} of {path} is no description ({type(error).__name__}: {error})') from None
     if version != VERSION:
         raise UserError(f'{path} has a description of version {version!r}; this mmseg_volo reads version {VERSION}')
     if actual != task:
         raise UserError(f'{path} is for {actual}, not for {task}')
+    if wrong := [key for key, fits in FORMS[task].items() if not fits(found.get(key))]:
+        raise UserError(f'the metadata {KEY!r} of {path} has no usable {" or ".join(wrong)}; see docs/export.md')
     return found

@@ -3,11 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
+from mmengine.config import Config
+
 from .._device import resolve_device
+from ..config import data_sets
 from ..errors import UserError
 from ..models.named_classifiers import NamedClassifier
+from ..models.pretrained import load_segmentor
 from ..models.segmentor import SlidingSegmentor
-from .description import dataset_meta, normalisation, parsed
+from .description import classes_of, normalisation, parsed
 from .runtime import Runtime, is_exported
 
 
@@ -28,8 +32,17 @@ def device_for(checkpoint: str, device: str, compiled: bool = False, openvino: b
     return 'cpu'
 
 
+def load_weights(model: Any, checkpoint: str, cfg: Config, openvino: bool = False, amp: bool = False) -> Mapping:
+    """Load a checkpoint, see ``load_segmentor``, or an exported file, see ``load_exported``, into a config's model."""
+    if not is_exported(checkpoint):
+        return load_segmentor(model, checkpoint)
+    return load_exported(model, checkpoint, data_sets(cfg.test_dataloader.dataset)[0], openvino, amp)
+
+
 def load_exported(model: Any, path: str, dataset: Mapping, openvino: bool = False, amp: bool = False) -> dict[str, Any]:
-    """Run a segmentor's network from the exported file ``path``; returns ``dataset_meta`` as a checkpoint's ``meta``.
+    """Run a segmentor's network from the exported file ``path``.
+
+    Returns ``dataset_meta``, as a checkpoint's ``meta`` has it, and the ``precision`` of the file.
 
     Windows, resizing and the choice of labels stay the segmentor's. Its backbone and neck are removed.
 
@@ -49,7 +62,7 @@ def load_exported(model: Any, path: str, dataset: Mapping, openvino: bool = Fals
     found = parsed(runtime.text, path, 'segmentation')
     heads = len(found['classes']) if found['threshold'] is None else 1
     wanted: dict[str, Any] = dict(number_of_logits=model.out_channels, **normalisation(model.data_preprocessor))
-    if (meta := dataset_meta(dataset)) is not None:
+    if (meta := classes_of(dataset)) is not None:
         wanted['classes'] = list(meta['classes'])
     for key, value in wanted.items():
         actual = heads if key == 'number_of_logits' else found[key]
@@ -60,7 +73,8 @@ def load_exported(model: Any, path: str, dataset: Mapping, openvino: bool = Fals
         if hasattr(model, part):
             delattr(model, part)
     model.network = runtime
-    return dict(dataset_meta=dict(classes=found['classes'], palette=found['palette']))
+    dataset_meta = dict(classes=found['classes'], palette=found['palette'])
+    return dict(dataset_meta=dataset_meta, precision=found.get('precision'))
 
 
 def exported_classifier(

@@ -1,7 +1,6 @@
 """``.onnx`` files, written from a program of torch.export."""
 
 import logging
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,11 +69,16 @@ def _silence() -> Iterator[None]:
 
 
 def _forget_origin(model: Any) -> None:
-    """Remove what describes the Python source, a tenth of a small file."""
+    """Remove what describes the Python source, a tenth of a small file, and torch's shapes of intermediate values.
+
+    Runtimes infer shapes. ONNX Runtime takes torch's for facts, and some of CoAtNet's are wrong: it then stops.
+    """
     for node in model.graph.all_nodes():
         node.metadata_props.clear()
         for value in node.outputs:
             value.metadata_props.clear()
+            if not value.is_graph_output():
+                value.shape = None
 
 
 def _name_axes(graph: Any) -> None:
@@ -85,8 +89,7 @@ def _name_axes(graph: Any) -> None:
         for side, name in zip(shape, ('batch', 'channels', 'height', 'width'), strict=True)
         if not side.isdecimal()
     }
-    for value in (*graph.inputs, *(value for node in graph.all_nodes() for value in node.outputs)):
-        if value.shape is not None:
-            for axis, side in enumerate(value.shape):
-                if not isinstance(side, int):
-                    value.shape[axis] = re.sub(r's\d+', lambda found: names.get(found[0], found[0]), str(side))
+    for value in (*graph.inputs, *graph.outputs):
+        for axis, side in enumerate(value.shape):
+            if not isinstance(side, int):
+                value.shape[axis] = names.get(str(side), str(side))

@@ -23,6 +23,7 @@ _MEMBERS = re.compile(
     r'archive_format|archive_version|byteorder|\.data/\w+|models/model\.json|extra/mmseg_volo'
     r'|data/sample_inputs/model\.pt|data/(weights|constants)/(model_\w+_config\.json|(weight|tensor)_\d+)'
 )
+_TENSOR = re.compile(r'(weight|tensor)_\d+')
 _OPERATORS = re.compile(
     r'torch\.ops\.aten\.(?!from_file)\w+\.\w+|torch\.sym_(max|min|float|ite|not)|math\.(trunc|ceil|floor)'
     r'|_operator\.(add|sub|mul|floordiv|truediv|mod|neg|pow|getitem|eq|ne|lt|le|gt|ge|and_|or_)'
@@ -71,7 +72,7 @@ def _foreign_parts(archive: ZipFile) -> Iterator[str]:
         elif member.endswith('_config.json'):
             entries = json.loads(archive.read(name))['config'].values()
             yield from (
-                'a pickle' for entry in entries if entry['use_pickle'] or not _MEMBERS.fullmatch(entry['path_name'])
+                'a pickle' for entry in entries if entry['use_pickle'] or not _TENSOR.fullmatch(entry['path_name'])
             )
         elif member == 'models/model.json':
             yield from _foreign_code(json.loads(archive.read(name)))

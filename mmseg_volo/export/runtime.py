@@ -1,12 +1,13 @@
 """Running an exported file: from normalised images to logits, on a CPU."""
 
+import os
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .._extras import require
+from ..checkpoints.download import local_copy
 from ..checkpoints.wording import first_sentence
 from ..errors import UserError
 from . import program_file
@@ -17,7 +18,7 @@ SUFFIXES = ('.onnx', '.pt2')
 
 def is_exported(path: str) -> bool:
     """Whether the name of a checkpoint is that of an exported file."""
-    return str(path).endswith(SUFFIXES)
+    return str(path).lower().endswith(SUFFIXES)
 
 
 class Runtime:
@@ -27,7 +28,7 @@ class Runtime:
     images ``[B, C, H, W]`` in float32 to logits, on any device; it computes on the CPU.
 
     Args:
-        path: an ``.onnx`` or ``.pt2`` file.
+        path: an ``.onnx`` or ``.pt2`` file, or the URL of one.
         openvino: run an ``.onnx`` file with OpenVINO instead of ONNX Runtime.
         amp: let OpenVINO compute in bfloat16 where the processor can.
         threads: number of threads; None means torch's.
@@ -37,23 +38,34 @@ class Runtime:
     """
 
     def __init__(self, path: str, openvino: bool = False, amp: bool = False, threads: int | None = None):
-        if not Path(path).is_file():
-            raise UserError(f'exported model not found: {path}')
-        is_onnx = path.endswith('.onnx')
+        is_onnx = path.lower().endswith('.onnx')
         if openvino and not is_onnx:
             raise UserError(f'--openvino runs .onnx files, not {path}')
         if amp and not openvino:
             raise UserError(f'--amp does not go with {path}: an exported file has its precision; see export --fp16')
+        file = os.path.expanduser(local_copy(path))
+        if not os.path.isfile(file):
+            raise UserError(f'exported model not found: {path}')
         open_file = _open_openvino if openvino else _open_onnx if is_onnx else _open_program
         threads = threads or torch.get_num_threads()
-        self.name, self.version, self.text, self._run = open_file(path, threads, amp)
+        self.path = path
+        self.name, self.version, self.text, self._run = open_file(file, threads, amp)
 
     def __str__(self) -> str:
-        return f'cpu, {self.name} {self.version}'
+        return f'{self.name} {self.version}'
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Logits ``[B, classes, H, W]``, or ``[B, classes]`` of a classifier, on the device of the images."""
-        return self._run(images.float().cpu()).to(images.device)
+        """Logits ``[B, classes, H, W]``, or ``[B, classes]`` of a classifier, on the device of the images.
+
+        Raises:
+            UserError: the file does not take images of this size, or there is too little memory.
+        """
+        try:
+            return self._run(images.float().cpu().contiguous()).to(images.device)
+        except Exception as error:  # each runtime raises its own kinds
+            size = ' x '.join(map(str, images.shape))
+            reason = first_sentence(error)
+            raise UserError(f'{self.name} cannot run {self.path} on images of {size} ({reason})') from error
 
 
 Opened = tuple[str, str, str | None, Callable[[Tensor], Tensor]]
@@ -102,7 +114,7 @@ def _open_program(path: str, threads: int, amp: bool) -> Opened:
         with torch.inference_mode():
             return network(images)
 
-    return 'torch.export', torch.__version__, text, run
+    return 'torch.export', torch.__version__.partition('+')[0], text, run
 
 
 def _unusable(path: str, error: Exception) -> UserError:
