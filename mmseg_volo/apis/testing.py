@@ -32,6 +32,7 @@ from ..engine.distributed import join_processes
 from ..errors import UserError
 from ..evaluation.report import read_run, summary, write_results
 from ..models.pretrained import load_segmentor
+from ..models.segmentor import SlidingSegmentor
 
 SERVER_FORMATS = {
     'cityscapes': (CityscapesDataset, dict(type='CityscapesLabelIds', format_only=True, keep_results=True)),
@@ -105,6 +106,8 @@ def test(
         model = runner.model
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
+        if isinstance(model, SlidingSegmentor):
+            model.test_cfg.confidence = not tta  # whose average brings its own
         load_segmentor(model, checkpoint)
         dataset = runner.test_dataloader.dataset
         if server_format:
@@ -136,7 +139,7 @@ def test(
             page = write_results(folder, record, totals, dataset.metainfo['palette'], other)
             low, high = record['intervals']['mIoU']
             runner.logger.info(
-                f'{_class_table(record["classes"])}\n'
+                f'{_class_table(record["classes"])}\n{_calibration_table(record)}'
                 f'mIoU {metrics["mIoU"]:.2f} (95 % interval {low:.2f} to {high:.2f}) on {totals.images} images; {page}'
             )
         return metrics
@@ -152,6 +155,21 @@ def _class_table(rows: Sequence[dict]) -> PrettyTable:
             low, high = row['IoU_interval']
             table.add_row([row['name'], iou, f'{low:.2f} to {high:.2f}', *others])
     return table
+
+
+def _calibration_table(record: dict) -> str:
+    """ECE and the bins of confidence that hold pixels, in per cent; empty without probabilities."""
+    if 'reliability' not in record:
+        return ''
+    table = PrettyTable(['confidence', 'mean', 'accuracy', 'pixels'], align='r')
+    total = sum(row['pixels'] for row in record['reliability'])
+    for row in record['reliability']:
+        if row['pixels']:
+            bounds = f'{row["low"]:.1f} to {row["high"]:.1f}'
+            table.add_row(
+                [bounds, *(f'{x:.2f}' for x in (row['confidence'], row['accuracy'], 100 * row['pixels'] / total))]
+            )
+    return f'{table}\nECE {record["metrics"]["ECE"]:.2f}\n'
 
 
 def _common_folder(cfg: Config) -> str:
