@@ -96,7 +96,8 @@ def test_a_flipped_sample_is_flipped_back_with_its_confidence():
         [(label, confidence)] = model.segment_all([image], (70, 100), confidence=True)
         [found] = model.test_step(dict(inputs=[image], data_samples=[sample(image, (70, 100), **meta)]))
         assert np.array_equal(found.pred_sem_seg.data[0], label.flip(-1))
-        assert np.array_equal(found.confidence.data[0], confidence.numpy()[:, ::-1])
+        steps = found.confidence.data[0].numpy().astype(int) - confidence.numpy()[:, ::-1]
+        assert np.abs(steps).max() <= 1  # sums of logits that lie elsewhere round differently
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,7 @@ def test_the_grey_picture_shows_the_probability(place, checkpoint, tmp_path, opt
 
 
 def test_labels_below_the_bound_are_void_in_every_result(place, checkpoint, tmp_path):
-    path, bound = scenes(place)[0], 0.5
+    path, bound = scenes(place)[0], 0.8
     kinds = ['labels', 'confidence', 'overlay', 'label-studio']
     for name, below in (('all', 0), ('some', bound)):
         infer(CONFIG, checkpoint, [str(path)], str(tmp_path / name), save=kinds, void_below=below, opacity=1)
@@ -216,28 +217,8 @@ def test_masks_survive_encoding(name, monkeypatch):
 def test_masks_are_encoded_as_by_label_studios_sdk():
     mask = np.zeros((3, 20), np.uint8)
     mask[0, 2] = mask[1, 3:9] = mask[2] = 255
-    printed = [
-        0,
-        0,
-        0,
-        240,
-        57,
-        27,
-        252,
-        224,
-        17,
-        255,
-        228,
-        240,
-        12,
-        47,
-        255,
-        138,
-        192,
-        50,
-        127,
-        248,
-    ]  # by version 2.1.2
+    # printed by version 2.1.2
+    printed = [0, 0, 0, 240, 57, 27, 252, 224, 17, 255, 228, 240, 12, 47, 255, 138, 192, 50, 127, 248]
     assert list(brush_rle(mask > 0)) == printed
     brush = pytest.importorskip('label_studio_sdk.converter.brush', reason='the SDK needs another OpenCV')
     for mask in made_up_masks().values():

@@ -19,13 +19,14 @@ from tqdm import tqdm
 from .._device import resolve_device
 from .._files import IMAGE_SUFFIXES, distinct_names, file_sha256, find_files, whole
 from ..checkpoints.download import local_copy
-from ..config import check_tta, load_config, make_writable
+from ..config import check_tta, make_writable
 from ..errors import UserError
 from ..models.confidence import CERTAIN
 from ..models.segmentor import SlidingTTAModel
 from ..visualization import label_png, overlay, side_by_side, with_legend, write_png
 from .label_studio import Tasks
 from .predictor import Picture, Predictor, Undecodable
+from .sources import load_model, try_out
 from .threads import in_threads
 from .video import VIDEO_SUFFIXES, pyav, segment_video
 
@@ -62,7 +63,7 @@ class Wanted:
 
 def infer(
     config: str,
-    checkpoint: str,
+    checkpoint: str | None,
     images: Sequence[str],
     out_dir: str = 'out',
     device: str = 'auto',
@@ -78,6 +79,8 @@ def infer(
     """Segment images and videos. A video gives an overlay only.
 
     Args:
+        config: a config's path or name; ``hf://owner/name``; or a folder that ``mmseg-volo push`` wrote.
+        checkpoint: the weights; None takes those of ``config``, if it has any.
         images: files, folders with their subfolders, and glob patterns.
         device: ``'auto'`` uses a GPU if one is available.
         save: ``'labels'`` writes indexed PNG files to ``out_dir/pred``, ``'overlay'`` writes overlays with a legend to
@@ -110,14 +113,16 @@ def infer(
     if videos:
         pyav()  # before the model is loaded
     wanted = Wanted(save, opacity, beside)
-    cfg = load_config(config, cfg_options or {})
+    model = load_model(config, checkpoint, cfg_options or {})
     if tta:
-        check_tta(cfg, config)
-    predictor = Predictor(cfg, checkpoint, resolve_device(device), tta, amp, compile, void_below)
+        check_tta(model.config, config)
+    predictor = Predictor(model.config, model.checkpoint, resolve_device(device), tta, amp, compile, void_below)
     if tta and (void_below or wanted.confidence) and not isinstance(predictor.tester, SlidingTTAModel):
         raise UserError('the probability of a label with --tta needs tta_model.type=SlidingTTAModel in the config')
+    if model.is_foreign:
+        try_out(predictor.model, config)
     out = make_writable(out_dir)
-    tasks = _tasks(outputs, out, predictor, checkpoint) if 'label-studio' in save else None
+    tasks = _tasks(outputs, out, predictor, model.checkpoint) if 'label-studio' in save else None
     skipped, broken, start = [], [], time.perf_counter()
     results = _segment_files(outputs, out, predictor, wanted, tasks)
     with closing(results), tqdm(desc='files', total=len(outputs), unit='file', disable=None) as progress:
