@@ -141,7 +141,8 @@ def test_the_page_needs_no_other_files(measured, record):
 def test_calibration_is_that_of_mmsegs_probabilities(place, record):
     cfg = Config.fromfile(CONFIG)
     cfg.model.type = 'EncoderDecoder'
-    model = init_model(cfg, str(place / 'model.pth'), device='cpu')
+    model = init_model(cfg, device='cpu')
+    model.load_state_dict(torch.load(place / 'model.pth'))
     confidence, correct = [], []
     for path in sorted((place / 'toy/leftImg8bit/val').rglob('*.png')):
         prob, label = inference_model(model, str(path)).seg_logits.data.double().softmax(0).max(0)

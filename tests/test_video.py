@@ -130,14 +130,16 @@ def test_frames_times_and_sound_are_kept(name, segment, tmp_path):
     shown = [image[:height, :width] for image in made_images]
     assert closeness(shown, images) < 4
     assert len(images) == 1 or closeness(shown[:-1], images[1:]) > 4
-    assert all(np.array_equal(image[height:], image[height - 1 : height]) or height % 2 == 0 for image in made_images)
+    if height % 2:
+        below = [image[height:] for image in made_images]
+        assert closeness(below, [image[height - 1 : height] for image in made_images]) < 4
     with av.open(str(made)) as file:
         [stream] = file.streams.video
         assert (stream.codec.canonical_name, stream.codec_context.pix_fmt) == ('h264', 'yuv420p')
     content = made.read_bytes()
     assert content.index(b'moov') < content.index(b'mdat')
     before, after = sound_of(source), sound_of(made)
-    if name == 'raw_sound.mov':  # which MP4 does not take
+    if name == 'raw_sound.mov':  # which browsers do not play
         with av.open(str(made)) as file:
             assert file.streams.audio[0].codec.canonical_name == 'aac'
         assert after[-1][0] == pytest.approx(before[-1][0], abs=0.05) and len(after) > 10
@@ -194,7 +196,7 @@ def test_a_picture_stands_beside_its_overlay(checkpoint, tmp_path):
 
 def test_a_video_is_read_frame_by_frame(segment, tmp_path):
     peaks, size = [], (640, 480)
-    for frames in (5, 65):
+    for frames in (5, 35):
         source = film(tmp_path / f'{frames}.avi', range(0, 40 * frames, 40), size, 'mjpeg', 'yuvj420p', 'libmp3lame')
         with traced() as peak:
             segment(source)
@@ -223,7 +225,7 @@ def test_damaged_frames_are_left_out_and_the_others_kept(segment, tmp_path, caps
     with av.open(str(source)) as file:
         packets = [packet for packet in file.demux(video=0) if packet.size]
         for packet in packets[10:13]:
-            content[packet.pos + 8 : packet.pos + 8 + packet.size] = bytes(packet.size)
+            content[packet.pos : packet.pos + packet.size] = bytes(packet.size)
     source.write_bytes(content)
     assert segment(source) == [str(source)]
     times, _ = frames_of(tmp_path / 'out/vis/drive.mp4')

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain, repeat, takewhile
+from itertools import chain, repeat
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +24,7 @@ MISSING = 0.01  # share of a video that may be missing: some containers only est
 # Losses that are hardly visible, in less time than a model takes. B-frames would shift the times of the others.
 QUALITY = {'crf': '20', 'preset': 'fast', 'bf': '0'}
 BT709 = 1  # number of these colours in H.264; without it players guess from the size
+COPIED = 'aac', 'mp3', 'opus', 'flac'  # codecs of sound that browsers play in MP4, which FFmpeg fills with others, too
 AAC_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000)
 
 
@@ -63,11 +64,11 @@ def segment_video(path: str, out: Path, predictor: Predictor, opacity: float, be
         video.thread_type = 'AUTO'
         frames = _frames(av, path, source, video)
         read = stack.enter_context(in_threads(lambda _: next(frames, None), repeat(None), ahead=predictor.batch_size()))
-        decoded = takewhile(lambda frame: frame is not None, read)
+        decoded = iter(lambda: next(read), None)
         first = next(decoded, None)
         if first is None:
             raise Undecodable(f'{path} cannot be decoded as a video')
-        pictures = predictor.predict(chain([first], decoded))
+        pictures: Iterator[Any] = predictor.predict(chain([first], decoded))
         try:
             with whole(out) as partial, _Film(av, partial, path, video, first, beside) as film:
                 palette = np.asarray(predictor.palette)[:, ::-1]  # BGR, as the frames
@@ -166,7 +167,7 @@ class _Film:
 
 
 class _Sound:
-    """The sound of a video on its way to another file: copied if MP4 takes its codec, and encoded as AAC otherwise."""
+    """The sound of a video on its way to another file: copied if browsers play its codec, otherwise encoded as AAC."""
 
     def __init__(self, av: ModuleType, path: str, target: Any):
         self.av, self.target = av, target
@@ -190,11 +191,10 @@ class _Sound:
 
     def _track(self, stream: Any) -> tuple[Any, bool]:
         """A track for a stream, and whether its packets are copied."""
-        try:
+        if stream.codec.canonical_name in COPIED:
             return self.target.add_stream_from_template(stream), True
-        except ValueError:  # MP4 does not take the codec
-            rate = stream.rate if stream.rate in AAC_RATES else 48000
-            return self.target.add_stream('aac', rate, layout=stream.layout.name), False
+        rate = stream.rate if stream.rate in AAC_RATES else 48000
+        return self.target.add_stream('aac', rate, layout=stream.layout.name), False
 
     def _read(self) -> Iterator[tuple[float, Any, Any]]:
         """Packets to copy and frames to encode, with their times and tracks, as far as they can be read."""

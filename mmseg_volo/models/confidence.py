@@ -21,7 +21,7 @@ def labels_and_confidence(logits: Tensor, threshold: float | None) -> tuple[Tens
 
 def most_probable(prob: Tensor, threshold: float | None) -> tuple[Tensor, Tensor]:
     """The same from the probabilities ``[classes, n, W]``."""
-    if len(prob) > 1:
+    if threshold is None or len(prob) > 1:
         best, labels = prob.max(0)
         return labels, _fixed(best)
     labels = prob[0] > threshold
