@@ -10,10 +10,10 @@ from mmseg.registry import DATASETS
 from PIL import Image
 
 from mmseg_volo import FolderDataset
-from mmseg_volo.apis.predictor import _classes_of
 from mmseg_volo.datasets.checks import CheckedDataSet
 from mmseg_volo.datasets.folder import read_list, write_list
 from mmseg_volo.errors import UserError
+from mmseg_volo.export.description import classes_of
 
 LOAD = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')]
 
@@ -108,4 +108,4 @@ def test_lists_keep_every_name_or_refuse_it(tmp_path):
 
 def test_classes_are_known_without_a_checkpoint_that_names_them(root):
     dataset = Config(dict(type='FolderDataset', metainfo=dict(classes=CLASSES, palette=[[1, 2, 3]] * 3)))._cfg_dict
-    assert _classes_of(dataset)['classes'] == CLASSES and _classes_of(dataset)['palette'] == [[1, 2, 3]] * 3
+    assert classes_of(dataset)['classes'] == CLASSES and classes_of(dataset)['palette'] == [[1, 2, 3]] * 3

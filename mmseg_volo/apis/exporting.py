@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from .._files import whole_with_companions
+from ..checkpoints.download import local_copy
 from ..checkpoints.wording import first_sentence
 from ..config import data_sets, output_path, without_steps
 from ..datasets.checks import check_data
@@ -72,8 +73,8 @@ def export(
         raise UserError('--opset, --fp16 and --int8 are for .onnx files')
     if calibration_images < 1:
         raise UserError(f'--calibration-images must be at least 1, got {calibration_images}')
-    reused = checkpoint is not None and is_exported(checkpoint)
-    if reused and (precision == 'float32' or opset is not None or not checkpoint.lower().endswith('.onnx')):
+    reused = checkpoint if checkpoint is not None and is_exported(checkpoint) else None
+    if reused and (precision == 'float32' or opset is not None or not reused.lower().endswith('.onnx')):
         raise UserError(f'{checkpoint} is exported already: only --fp16 and --int8 apply, and only to .onnx files')
     opset = onnx_file.OPSET if opset is None else opset
     if is_onnx:
@@ -90,7 +91,7 @@ def export(
         if not reused:
             _write(model, file, out, opset, said)
         if precision != 'float32':
-            source = Path(checkpoint).expanduser() if reused else file
+            source = Path(local_copy(reused)).expanduser() if reused else file
             pictures = islice(_training_images(model, seed), calibration_images) if precision == 'int8' else iter(())
             _round(model, source, file, out, precision, pictures, said)
     print(f'{path}: {path.stat().st_size / 1e6:.1f} MB')

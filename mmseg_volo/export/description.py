@@ -6,7 +6,6 @@ from typing import Any
 
 from mmengine.config import Config
 from mmseg.registry import DATASETS
-from timm.data import resolve_data_config
 from torch import Tensor
 
 from .._version import __version__
@@ -18,6 +17,7 @@ from ..models.segmentor import last_head
 KEY = 'mmseg_volo'  # under which a file stores the description as JSON
 VERSION = 1
 INPUT, OUTPUT = 'images', 'logits'
+TRANSFORM = {'input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode'}  # as timm calls them
 # What a description must have, and the tests of its values.
 FORMS: dict[str, dict[str, Callable[[Any], bool]]] = dict(
     segmentation=dict(
@@ -31,7 +31,7 @@ FORMS: dict[str, dict[str, Callable[[Any], bool]]] = dict(
     classification=dict(
         model=lambda value: isinstance(value, str),
         weights=lambda value: isinstance(value, str),
-        transform=lambda value: isinstance(value, dict) and value.keys() == resolve_data_config({}).keys(),
+        transform=lambda value: isinstance(value, dict) and value.keys() == TRANSFORM,
     ),
 )
 NOT_GEOMETRY = ('LoadImageFromFile', 'LoadImageFromNDArray', 'LoadAnnotations', 'PackSegInputs')

@@ -36,7 +36,9 @@ _EXPRESSION = re.compile(rf"(?:\b(?:{'|'.join(_SYMBOLS)})\b|'?\b[su]\d+\b'?|'?-?
 
 def save(program: ExportedProgram, path: Path, text: str) -> None:
     """Write a program and its description ``text``."""
-    torch.export.save(program, path, extra_files={KEY: text})
+    buffer = io.BytesIO()  # torch does not say which errors of a disk it meets
+    torch.export.save(program, buffer, extra_files={KEY: text})
+    path.write_bytes(buffer.getbuffer())
 
 
 def load(path: str) -> tuple[Callable[[Tensor], Tensor], str | None]:
