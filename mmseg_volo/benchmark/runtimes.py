@@ -1,6 +1,6 @@
 """Speed of whole segmentors on a CPU, in PyTorch and as exported files."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,21 +35,27 @@ class RuntimeBench:
 
     def parity(self) -> list[dict]:
         """Export the models; a row per model and runtime in float32 with the largest difference."""
+        onnx_file.check_possible(onnx_file.OPSET)
         rows = []
         for config in self.configs:
-            onnx_file.check_possible(onnx_file.OPSET)
             network = Network(build_segmentor(config, 'cpu')[1]).eval()
-            self.contenders[config] = {'ours': torch.inference_mode()(network)}
             with TemporaryDirectory() as folder:
-                for precision, runtime in _runtimes(network, Path(folder), self.side):
-                    self.contenders[config][f'{runtime} {precision}'] = runtime
-                    if precision == 'float32':
-                        images = random_images([(batch, 3, *size) for batch, *size in SIZES])
-                        found = [difference(network, runtime, x, TOLERANCES[precision]) for x in images]
-                        error = max(one.largest / one.scale for one in found)
-                        met = not any(one.exceeds(TOLERANCES[precision]) for one in found)
-                        what = f'{config}: {runtime} against PyTorch'
-                        rows.append({'what': what, 'ours': f'{error:.1e}', 'met': met})
+                found = _runtimes(network, Path(folder), self.side)
+            rows += self.compared(config, network, [runtime for precision, runtime in found if precision == 'float32'])
+            named = {f'{runtime} {precision}': runtime for precision, runtime in found}
+            self.contenders[config] = {'ours': torch.inference_mode()(network), **named}
+        return rows
+
+    @staticmethod
+    def compared(config: str, network: nn.Module, exported: Sequence[Runtime]) -> list[dict]:
+        """A row per runtime with the largest difference of its logits from those of ``network``."""
+        rows = []
+        for runtime in exported:
+            images = random_images([(batch, 3, height, width) for batch, height, width in SIZES])
+            found = [difference(network, runtime, image, TOLERANCES['float32']) for image in images]
+            error = max(one.largest / one.scale for one in found)
+            met = not any(one.exceeds(TOLERANCES['float32']) for one in found)
+            rows.append({'what': f'{config}: {runtime} against PyTorch', 'ours': f'{error:.1e}', 'met': met})
         return rows
 
     def speed(self) -> list[dict]:
@@ -66,12 +72,11 @@ def _with(run: Callable[[Tensor], Tensor], image: Tensor) -> Callable[[], Tensor
     return lambda: run(image)
 
 
-def _runtimes(network: nn.Module, folder: Path, side: int) -> Iterator[tuple[str, Runtime]]:
+def _runtimes(network: nn.Module, folder: Path, side: int) -> list[tuple[str, Runtime]]:
     """Every runtime with a file in each precision."""
     files = {precision: folder / f'{precision}.onnx' for precision in TOLERANCES}
     onnx_file.write(record(network, None), files['float32'], onnx_file.OPSET, '{}')
     rounding.to_float16(files['float32'], files['float16'], '{}')
     rounding.to_int8(files['float32'], files['int8'], '{}', random_images([(1, 3, side, side)]))
-    for precision, file in files.items():
-        for openvino in [False, True] if find_spec('openvino') else [False]:
-            yield precision, Runtime(str(file), openvino)
+    choices = [False, True] if find_spec('openvino') else [False]
+    return [(precision, Runtime(str(file), choice)) for precision, file in files.items() for choice in choices]
