@@ -17,7 +17,7 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-SOAK := bad_input bounded hostile_files kills non_finite processes same_seed
+SOAK := bad_input bounded hostile_files kills non_finite processes ray_kills same_seed
 
 soak: $(SOAK:%=soak-%)
 soak-short: $(SOAK:%=short-%)
