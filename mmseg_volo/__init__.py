@@ -6,7 +6,13 @@ require_one_stack()  # before the imports below run into what it explains
 
 from ._version import __version__  # noqa: E402
 from .checkpoints import DurableCheckpointHook, use_safe_loader  # noqa: E402
-from .datasets import CamVidDataset, PhotoMetricDistortion, RandomCrop  # noqa: E402
+from .datasets import (  # noqa: E402
+    CamVidDataset,
+    LoadRasterAnnotations,
+    LoadRasterFromFile,
+    PhotoMetricDistortion,
+    RandomCrop,
+)
 from .engine import (  # noqa: E402
     BackboneLayerDecayConstructor,
     BeginSample,
@@ -52,6 +58,8 @@ __all__ = [
     'DurableCheckpointHook',
     'FCNHead',
     'IterationSeedHook',
+    'LoadRasterAnnotations',
+    'LoadRasterFromFile',
     'MultiLevelNeck',
     'NonFiniteLossHook',
     'OneClassWarningHook',

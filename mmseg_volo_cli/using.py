@@ -44,6 +44,8 @@ def _add_infer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--opacity', type=float, default=0.55, help='opacity of the overlay, 0 to 1 ' + DEFAULT)
     parser.add_argument('--tta', action='store_true', help='average predictions over several scales and flips')
     parser.add_argument('--amp', action='store_true', help='mixed precision: bfloat16, or float16 on older GPUs')
+    parser.add_argument('--bands', nargs='+', type=int, metavar='N', help='bands of TIFF files to use, from 1')
+    parser.add_argument('--resume', action='store_true', help='go on with rasters where an earlier run was stopped')
     add_compile(parser)
     add_device(parser, numbered=True)
 

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import groupby
 from pathlib import Path
@@ -10,14 +10,17 @@ from pathlib import Path
 import cv2
 import mmcv
 import numpy as np
+from mmengine.config import Config
 from tqdm import tqdm
 
 from .._device import resolve_device
 from .._files import IMAGE_SUFFIXES, distinct_names, find_files, whole
 from ..config import check_tta, load_config, make_writable
 from ..errors import UserError
+from ..rasters import TIFF_SUFFIXES, is_raster
 from ..visualization import label_png, overlay, save_whole, with_legend
-from .predictor import Picture, Predictor, Undecodable
+from .predictor import Picture, Predictor, Undecodable, raster_loader, steps_of_test
+from .raster import RasterRun
 from .threads import in_threads
 from .video import VIDEO_SUFFIXES, segment_video
 
@@ -36,9 +39,11 @@ def infer(
     tta: bool = False,
     amp: bool = False,
     compile: bool = False,
+    bands: Sequence[int] | None = None,
+    resume: bool = False,
     cfg_options: dict | None = None,
 ) -> list[str]:
-    """Segment images and videos. A video gives an overlay only.
+    """Segment images, videos and rasters. A video gives an overlay only, a raster a GeoTIFF and a reduced overlay.
 
     Args:
         images: files, folders with their subfolders, and glob patterns.
@@ -49,6 +54,8 @@ def infer(
         tta: average over the scales and flips of the config's ``tta_pipeline``.
         amp: mixed precision: autocast to bfloat16, or to float16 on a GPU without bfloat16.
         compile: run the backbone under ``torch.compile``, which compiles once per size of picture or window.
+        bands: numbers of the bands of TIFF files to use, from 1; TIFF files are then rasters.
+        resume: go on with rasters where an earlier run was stopped.
 
     Returns:
         The files that could not be decoded, or only in part; each was reported by a warning.
@@ -67,10 +74,16 @@ def infer(
     cfg = load_config(config, cfg_options or {})
     if tta:
         check_tta(cfg, config)
+    rasters = _rasters(cfg, outputs, bands)
+    others = [*sorted(set(save) - {'labels', 'overlay'}), *['--tta'] * tta]
+    if rasters and (others or 'labels' not in save):
+        remedy = f'leave out {" and ".join(others)}' if others else 'add labels to --save'
+        raise UserError(f'{min(rasters)} is a raster, which becomes labels and an overlay of them; {remedy}')
     predictor = Predictor(cfg, checkpoint, resolve_device(device), tta, amp, compile)
     out = make_writable(out_dir)
     skipped, broken, start = [], [], time.perf_counter()
-    results = _segment_files(outputs, out, predictor, opacity, save)
+    raster_run = RasterRun(rasters, predictor, out, save, opacity, bands, resume) if rasters else None
+    results = _segment_files(outputs, out, predictor, opacity, save, raster_run)
     with closing(results), tqdm(desc='files', total=len(outputs), unit='file', disable=None) as progress:
         try:
             for path, problem in results:
@@ -106,13 +119,31 @@ def _is_video(path: str) -> bool:
     return path.lower().endswith(VIDEO_SUFFIXES)
 
 
+def _rasters(cfg: Config, files: Iterable[str], bands: Sequence[int] | None) -> set[str]:
+    """Those of the files that are read in windows: all, if the config loads rasters."""
+    if raster_loader(steps_of_test(cfg)) is None:
+        return {path for path in files if path.lower().endswith(TIFF_SUFFIXES) and (bands or is_raster(path))}
+    videos = [path for path in files if _is_video(path)]
+    if videos:
+        raise UserError(f'{videos[0]} is a video, but the config loads rasters')
+    return set(files)
+
+
 def _segment_files(
-    outputs: dict[str, str], out: Path, predictor: Predictor, opacity: float, save: Sequence[str]
+    outputs: dict[str, str],
+    out: Path,
+    predictor: Predictor,
+    opacity: float,
+    save: Sequence[str],
+    raster_run: RasterRun | None,
 ) -> Generator[tuple[str, Undecodable | str | None], None, None]:
     """Yield each file in order when its results are written, and the reason if they are missing or incomplete."""
-    for are_videos, files in groupby(outputs.items(), key=lambda item: _is_video(item[0])):
-        if are_videos:
+    rasters = raster_run.paths if raster_run else ()
+    for kind, files in groupby(outputs.items(), key=lambda item: (_is_video(item[0]), item[0] in rasters)):
+        if kind == (True, False):
             yield from _segment_videos(dict(files), out, predictor, opacity)
+        elif raster_run and kind == (False, True):
+            yield from ((path, raster_run.problem(path, name)) for path, name in files)
         else:
             yield from _segment_pictures(dict(files), out, predictor, opacity, save)
 

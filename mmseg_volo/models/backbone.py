@@ -78,6 +78,11 @@ class Backbone(BaseModule):
         self.out_strides = [strides[i] for i in out_indices]
         self.frozen_stages, self.norm_eval, self.with_cp = frozen_stages, norm_eval, with_cp
 
+    @property
+    def in_channels(self) -> int:
+        """Number of image channels."""
+        return self.get_parameter(self.pretrained.stem).shape[1]
+
     def parts_of_stage(self, n: int) -> list[nn.Module | nn.Parameter]:
         """What ``frozen_stages=n`` freezes beyond ``n - 1``; stage 0 is the stem, and unbuilt stages have no parts."""
         raise NotImplementedError
