@@ -19,7 +19,8 @@ pipeline = [loader, dict(type='PackSegInputs')]
 model = dict(
     type='SlidingSegmentor',
     data_preprocessor=dict(
-        type='SegDataPreProcessor', mean=mean, std=std, bgr_to_rgb=loader['type'] == 'LoadImageFromFile', size={crop}
+        type='SegDataPreProcessor' if loader['type'] == 'LoadImageFromFile' else 'RasterDataPreProcessor',
+        mean=mean, std=std, bgr_to_rgb=loader['type'] == 'LoadImageFromFile', size={crop},
     ),
     backbone=dict(
         type='VOLO', arch=dict(layers=(1, 1, 1, 1), embed_dims=(8, 16), num_heads=(1, 2), mlp_ratio=1, stem_channels=4),
@@ -53,11 +54,17 @@ def write_config(
 
 
 def write_checkpoint(path: Path, config: str, seed: int = 0) -> str:
-    """Random weights that predict several classes."""
+    """Random weights that predict each class about equally often."""
     init_default_scope('mmseg')
     torch.manual_seed(seed)
-    model = MODELS.build(load_config(config, {}).model)
+    cfg = load_config(config, {})
+    model = MODELS.build(cfg.model).eval()
     torch.nn.init.normal_(model.decode_head.conv_seg.weight, std=1.0)
+    image = torch.from_numpy(landscape(96, 96, len(cfg.mean), seed=9)) * torch.tensor(cfg.mean)[:, None, None] / 128
+    with torch.no_grad():
+        inputs = model.data_preprocessor(dict(inputs=[image]))['inputs']
+        logits = model.encode_decode(inputs, [dict(img_shape=inputs.shape[-2:])])
+        model.decode_head.conv_seg.bias -= logits.mean((0, 2, 3))
     torch.save(
         dict(state_dict=model.state_dict(), meta=dict(dataset_meta=dict(classes=CLASSES, palette=PALETTE))), path
     )

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..config import LABEL_LOADERS, data_sets, decode_heads, type_name
 from ..errors import UserError
-from ..rasters import Raster, RasterError
+from ..rasters import Raster, RasterError, bands_in_words
 from .raster_checks import BandStatistics, count_bands, count_ids, lies_elsewhere, read_through
 from .raster_loading import LabelRaster, LoadRasterAnnotations
 
@@ -132,10 +132,9 @@ class CheckedDataSet:
         count = count_bands(info['img_path'], self.raster_loader) if self.raster_loader else self.channels
         if count == self.channels:
             return None
-        settings = f'data_preprocessor.mean and backbone.in_channels are for {self.channels}'
-        return f'raster has {count} bands, but {settings}; choose them with bands of LoadRasterFromFile', info[
-            'img_path'
-        ]
+        model = f'data_preprocessor.mean and backbone.in_channels are for {self.channels}'
+        what = f'raster has {bands_in_words(count)}, but {model}; choose them with bands of LoadRasterFromFile'
+        return what, info['img_path']
 
     def count_label(self, info: dict) -> tuple[np.ndarray, tuple[int, int]]:
         """Pixels per id, int64 ``[256]``, and (width, height) of a label; raises ``LabelError``."""
@@ -244,7 +243,8 @@ def open_split(cfg: Config, split: str) -> list[CheckedDataSet]:
     for settings in data_sets(cfg[f'{split}_dataloader'].dataset):
         if settings not in once:
             once.append(settings)
-    channels = len((cfg.model.get('data_preprocessor') or {}).get('mean') or ()) or 3
+    means = len((cfg.model.get('data_preprocessor') or {}).get('mean') or ())
+    channels = means if means > 1 else cfg.model.backbone.get('in_channels', 3)
     return [CheckedDataSet(settings, split, decode_heads(cfg)[-1].num_classes, channels) for settings in once]
 
 
