@@ -8,6 +8,7 @@ from ._version import __version__  # noqa: E402
 from .checkpoints import DurableCheckpointHook, use_safe_loader  # noqa: E402
 from .datasets import (  # noqa: E402
     CamVidDataset,
+    FolderDataset,
     LoadRasterAnnotations,
     LoadRasterFromFile,
     PhotoMetricDistortion,
@@ -17,6 +18,7 @@ from .engine import (  # noqa: E402
     BackboneLayerDecayConstructor,
     BeginSample,
     CPUMemoryHook,
+    DurableEarlyStoppingHook,
     IterationSeedHook,
     NonFiniteLossHook,
     OneClassWarningHook,
@@ -57,7 +59,9 @@ __all__ = [
     'CamVidDataset',
     'CoAtNet',
     'DurableCheckpointHook',
+    'DurableEarlyStoppingHook',
     'FCNHead',
+    'FolderDataset',
     'IterationSeedHook',
     'LoadRasterAnnotations',
     'LoadRasterFromFile',

@@ -109,6 +109,8 @@ def _problems_of_command(command: Command) -> list[str]:
     name, *words = command.words
     if name.startswith('tests/'):
         return []  # ``problems`` looks for the file
+    if name not in mmseg_volo_cli.COMMANDS and (ROOT / 'tools' / f'{name.replace("-", "_")}.py').is_file():
+        return []  # a tool of this repository alone
     if name not in mmseg_volo_cli.COMMANDS:
         return [f'there is no command {name}: {command.text}']
     if not words or words[0].startswith('--') or {'...', '…'} & set(words):  # not a whole command

@@ -15,12 +15,13 @@ from tqdm import tqdm
 
 from .._device import resolve_device
 from .._files import IMAGE_SUFFIXES, distinct_names, find_files, whole
-from ..config import check_tta, load_config, make_writable
+from ..config import check_tta, make_writable
 from ..errors import UserError
 from ..rasters import TIFF_SUFFIXES, is_raster
 from ..visualization import label_png, overlay, save_whole, with_legend
 from .predictor import Picture, Predictor, Undecodable, raster_loader, steps_of_test
 from .raster import RasterRun
+from .sources import load_model, try_out
 from .threads import in_threads
 from .video import VIDEO_SUFFIXES, segment_video
 
@@ -30,7 +31,7 @@ RESULTS = {'labels': 'pred', 'overlay': 'vis', 'prob': 'prob'}  # kinds of resul
 
 def infer(
     config: str,
-    checkpoint: str,
+    checkpoint: str | None,
     images: Sequence[str],
     out_dir: str = 'out',
     device: str = 'auto',
@@ -46,6 +47,8 @@ def infer(
     """Segment images, videos and rasters. A video gives an overlay only, a raster a GeoTIFF and a reduced overlay.
 
     Args:
+        config: a config's path or name; ``hf://owner/name``; or a folder that ``mmseg-volo push`` wrote.
+        checkpoint: the weights; None takes those of ``config``, if it has any.
         images: files, folders with their subfolders, and glob patterns.
         device: ``'auto'`` uses a GPU if one is available.
         save: ``'labels'`` writes indexed PNG files to ``out_dir/pred``, ``'overlay'`` writes overlays with a legend to
@@ -71,15 +74,17 @@ def infer(
     videos = [path for path in outputs if _is_video(path)]
     if videos and 'overlay' not in save:
         raise UserError(f'{videos[0]} is a video, which becomes an overlay only; add overlay to --save')
-    cfg = load_config(config, cfg_options or {})
+    model = load_model(config, checkpoint, cfg_options or {})
     if tta:
-        check_tta(cfg, config)
-    rasters = _rasters(cfg, outputs, bands)
+        check_tta(model.config, config)
+    rasters = _rasters(model.config, outputs, bands)
     others = [*sorted(set(save) - {'labels', 'overlay'}), *['--tta'] * tta]
     if rasters and (others or 'labels' not in save):
         remedy = f'leave out {" and ".join(others)}' if others else 'add labels to --save'
         raise UserError(f'{min(rasters)} is a raster, which becomes labels and an overlay of them; {remedy}')
-    predictor = Predictor(cfg, checkpoint, resolve_device(device), tta, amp, compile)
+    predictor = Predictor(model.config, model.checkpoint, resolve_device(device), tta, amp, compile)
+    if model.is_foreign:
+        try_out(predictor.model, config)
     out = make_writable(out_dir)
     skipped, broken, start = [], [], time.perf_counter()
     raster_run = RasterRun(rasters, predictor, out, save, opacity, bands, resume) if rasters else None

@@ -152,8 +152,12 @@ class Predictor:
 
 
 def _classes_of(dataset: dict) -> dict:
-    """``METAINFO`` of a data set's config, for checkpoints that do not name their classes."""
+    """Classes and palette of a data set's config, for checkpoints that do not name their classes."""
+    if {'classes', 'palette'} <= (dataset.get('metainfo') or {}).keys():
+        return dataset['metainfo']
     kind = dataset.get('type')
+    if (dataset.get('metainfo') or {}).get('classes'):
+        return DATASETS.build({**dataset, 'pipeline': [], 'lazy_init': True}).metainfo
     found: Any = DATASETS.get(kind) if isinstance(kind, str) else kind
     if not hasattr(found, 'METAINFO'):
         raise UserError(

@@ -25,13 +25,14 @@ from .._extras import without_tensorboard
 from .._files import file_sha256
 from .._version import __version__
 from ..checkpoints.download import local_copy
-from ..config import LABEL_LOADERS, check_tta, data_sets, load_config, make_writable, set_work_dir, without_steps
+from ..config import LABEL_LOADERS, check_tta, data_sets, make_writable, set_work_dir, without_steps
 from ..datasets.checks import check_data
 from ..engine.console import runner_on_terminal
 from ..engine.distributed import join_processes
 from ..errors import UserError
 from ..evaluation.report import read_run, summary, write_results
 from ..models.pretrained import load_segmentor
+from .sources import load_model, try_out
 
 SERVER_FORMATS = {
     'cityscapes': (CityscapesDataset, dict(type='CityscapesLabelIds', format_only=True, keep_results=True)),
@@ -41,7 +42,7 @@ SERVER_FORMATS = {
 
 def test(
     config: str,
-    checkpoint: str,
+    checkpoint: str | None = None,
     work_dir: str | None = None,
     out_dir: str | None = None,
     show_dir: str | None = None,
@@ -55,8 +56,8 @@ def test(
     """Measure a checkpoint on the config's test set; returns the mean scores and writes a report.
 
     Args:
-        config: a file, or the name of a shipped config.
-        checkpoint: a segmentor's weights; they must fit the config's model exactly.
+        config: a file, the name of a shipped config, ``hf://owner/name``, or a folder that ``mmseg-volo push`` wrote.
+        checkpoint: a segmentor's weights; they must fit the config's model exactly. None takes those of ``config``.
         work_dir: folder for logs; ``work_dirs/<config name>`` by default.
         out_dir: folder for ``metrics.json``, ``report.html`` and the rest (docs/measuring.md); by default the work dir.
         show_dir: folder for one picture per image that shows image, truth and prediction.
@@ -75,7 +76,8 @@ def test(
         raise UserError(
             '--format neither measures nor reads labels, so --show-dir and --compare cannot be used with it'
         )
-    cfg = load_config(config, cfg_options or {})
+    found = load_model(config, checkpoint, cfg_options or {}, with_data=True)
+    cfg, checkpoint = found.config, found.checkpoint
     config_sha256 = _sha256(cfg.pretty_text.encode())  # before this run's folders are set
     join_processes(cfg, launcher)
     cfg.load_from, cfg.resume = None, False
@@ -106,6 +108,8 @@ def test(
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
         load_segmentor(model, checkpoint)
+        if found.is_foreign:
+            try_out(model, config)
         dataset = runner.test_dataloader.dataset
         if server_format:
             runner.test()

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from ..config import LABEL_LOADERS, data_sets, decode_heads, type_name
 from ..errors import UserError
+from .folder import FolderDataset
 from ..rasters import Raster, RasterError, bands_in_words
 from .raster_checks import BandStatistics, count_bands, count_ids, lies_elsewhere, read_through
 from .raster_loading import LabelRaster, LoadRasterAnnotations
@@ -223,6 +224,8 @@ class CheckedDataSet:
     def labels_without_image(self) -> list[str]:
         """Labels without an image."""
         dataset = self.dataset
+        if isinstance(dataset, FolderDataset):
+            return dataset.labels_without_image()
         folder = dataset.data_prefix['seg_map_path']
         names = list_dir_or_file(folder, list_dir=False, suffix=dataset.seg_map_suffix, recursive=True)
         stems = sorted(name.removesuffix(dataset.seg_map_suffix) for name in names)
@@ -253,7 +256,7 @@ def _step(pipeline: Sequence[dict], *names: str) -> Any:
     return next((TRANSFORMS.build(step) for step in pipeline if type_name(step) in names), None)
 
 
-def in_threads(look: Callable, items: Sequence, title: str) -> Iterator:
+def in_threads(look: Callable, items: Sequence, title: str) -> Generator:
     """Results in order. Threads suffice, because decoders release Python's lock; processes would import mmseg first."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
