@@ -22,7 +22,7 @@ SMALL = 2**26  # pixels: above, a picture is read in windows
 CACHE = 64  # MiB of decoded blocks that GDAL keeps; its default is a share of the machine's memory
 LARGEST_BLOCK = 2**28  # bytes that GDAL decodes at a time
 LARGEST = 2**40  # pixels
-PART = 1024  # rows and columns to read at a time
+PART = 1024  # rows and columns of blocks to read at a time
 FACE = 2, 98  # percentiles that a picture of a raster shows as black and white
 
 
@@ -97,16 +97,15 @@ class Raster(AbstractContextManager):
             raise RasterError(f'{path!a} is not a valid name for a raster: GDAL requires UTF-8; rename it') from None
         with self._errors('cannot be read as a TIFF'):
             self.source = self.rasterio.open(name, driver='GTiff')
-            self.width, self.height, count = self.source.width, self.source.height, self.source.count
+            self.width, self.height = self.source.width, self.source.height
             self.alpha = [i for i, kind in enumerate(self.source.colorinterp, 1) if kind.name == 'alpha']
         try:
             self.bands = tuple(bands) if bands else self._all_bands(channels)
-            self._check(count)
+            self._check(np.size(fill))
         except RasterError:
             self.source.close()
             raise
-        kinds = {self.source.dtypes[band - 1] for band in self.bands}
-        self.stored = np.result_type(*kinds)
+        self.stored = np.dtype(self.source.dtypes[0])  # a TIFF has one type for all bands
         self.dtype = np.dtype(np.uint8 if self.stored == np.uint8 else np.float32)
         self.fill = np.broadcast_to(np.asarray(fill, np.float32), len(self.bands))
         if self.dtype == np.uint8:
@@ -120,22 +119,26 @@ class Raster(AbstractContextManager):
         self.source.close()
 
     def _all_bands(self, channels: int | None) -> tuple[int, ...]:
-        every = range(1, self.source.count + 1)
-        return tuple(every if channels == len(every) else (band for band in every if band not in self.alpha))
+        every = tuple(range(1, self.source.count + 1))
+        opaque = tuple(band for band in every if band not in self.alpha)
+        return every if channels == len(every) or not opaque else opaque
 
-    def _check(self, count: int) -> None:
+    def _check(self, fills: int) -> None:
+        count = self.source.count
         foreign = [band for band in self.bands if band not in range(1, count + 1)]
-        if foreign or not self.bands:
-            raise RasterError(f'{self.path} has {bands_in_words(count)}, so there is no band {(foreign or [1])[0]}')
-        kinds = [self.source.dtypes[band - 1] for band in self.bands]
-        unreal = [kind for kind in kinds if not kind.startswith(('int', 'uint', 'float'))]
-        if unreal:
-            raise RasterError(f'{self.path} holds {unreal[0]} numbers; real ones are supported')
+        if foreign:
+            raise RasterError(f'{self.path} has {bands_in_words(count)}, so there is no band {foreign[0]}')
+        if fills not in (1, len(self.bands)):
+            own = bands_in_words(len(self.bands))
+            raise RasterError(f'{self.path}: {own} are read, but fill of LoadRasterFromFile has {fills} values')
+        kind = self.source.dtypes[0]
+        if not kind.startswith(('int', 'uint', 'float')):
+            raise RasterError(f'{self.path} holds {kind} numbers; real ones are supported')
         if self.width * self.height > LARGEST:
             raise RasterError(f'{self.path} claims {self.width} x {self.height} pixels; 2^40 are supported')
         height, width = self.source.block_shapes[self.bands[0] - 1]
         together = count if self.source.interleaving.name == 'pixel' else 1
-        size = height * width * together * max(np.dtype(kind).itemsize for kind in kinds)
+        size = height * width * together * np.dtype(kind).itemsize
         if size > LARGEST_BLOCK:
             raise RasterError(
                 f'{self.path} is stored in blocks of {width} x {height} pixels, {size >> 20} MiB each; '
@@ -181,9 +184,11 @@ class Raster(AbstractContextManager):
         return self.rasterio.windows.Window(left, top, width, height)
 
     def parts(self) -> Iterator[tuple[int, int, int, int]]:
-        """Places for ``read`` that cover everything, each of whole blocks of the file and of about a megapixel."""
+        """Places for ``read`` that cover everything: a megapixel, or a row, at most, and whole blocks of the file."""
         height, width = self.source.block_shapes[self.bands[0] - 1]
-        tall, wide = (side * max(1, PART // side) for side in (height, width))
+        wide = width * max(1, PART // width)
+        tall = max(1, PART**2 // wide)
+        tall -= tall % height if tall > height else 0
         for top in range(0, self.height, tall):
             for left in range(0, self.width, wide):
                 yield top, left, min(tall, self.height - top), min(wide, self.width - left)

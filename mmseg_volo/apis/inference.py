@@ -79,6 +79,8 @@ def infer(
         check_tta(model.config, config)
     rasters = _rasters(model.config, outputs, bands)
     others = [*sorted(set(save) - {'labels', 'overlay'}), *['--tta'] * tta]
+    if not rasters and (bands or resume):
+        raise UserError(f'{"--bands" if bands else "--resume"} is for rasters, and there are none')
     if rasters and (others or 'labels' not in save):
         remedy = f'leave out {" and ".join(others)}' if others else 'add labels to --save'
         raise UserError(f'{min(rasters)} is a raster, which becomes labels and an overlay of them; {remedy}')

@@ -59,8 +59,10 @@ def write_label_tiff(
             sidecar.unlink(missing_ok=True)
             problem = f'cannot write {target} ({reason(error)}); is the disk full? make room and go on with --resume'
             raise UserError(problem) from None
+        final = Path(f'{target}.aux.xml')
+        final.unlink(missing_ok=True)  # of other labels
         if sidecar.exists():
-            os.replace(sidecar, f'{target}.aux.xml')
+            os.replace(sidecar, final)
 
 
 @contextmanager

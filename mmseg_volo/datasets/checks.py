@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from ..config import LABEL_LOADERS, data_sets, decode_heads, type_name
 from ..errors import UserError
-from .folder import FolderDataset
 from ..rasters import Raster, RasterError, bands_in_words
+from .folder import FolderDataset
 from .raster_checks import BandStatistics, count_bands, count_ids, lies_elsewhere, read_through
 from .raster_loading import LabelRaster, LoadRasterAnnotations
 
@@ -130,7 +130,9 @@ class CheckedDataSet:
 
     def band_problem(self, info: dict) -> tuple[str, str] | None:
         """The mistake in a raster's number of bands and its file, or None; raises ``RasterError``."""
-        count = count_bands(info['img_path'], self.raster_loader) if self.raster_loader else self.channels
+        if self.raster_loader is None:
+            return None
+        count = count_bands(info['img_path'], self.raster_loader)
         if count == self.channels:
             return None
         model = f'data_preprocessor.mean and backbone.in_channels are for {self.channels}'
@@ -150,12 +152,10 @@ class CheckedDataSet:
     def reduced(self, index: int, height: int, most_width: int) -> tuple[np.ndarray, np.ndarray]:
         """An image, uint8 RGB ``[height, W, 3]``, and its label ``[height, W]``, as a small picture."""
         info = self.dataset.get_data_info(index)
-        image = (
-            Raster(info['img_path'], self.raster_loader.bands) if self.raster_loader else read_image(info['img_path'])
-        )
-        with image:
+        path, loader = info['img_path'], self.raster_loader
+        with Raster(path, loader.bands) if loader else read_image(path) as image:
             size = min(max(1, round(image.width * height / image.height)), most_width), height
-            shown = image.picture(*size) if isinstance(image, Raster) else np.asarray(image.convert('RGB').resize(size))
+            shown = image.picture(*size) if loader else np.asarray(image.convert('RGB').resize(size))
         if isinstance(self.load, LoadRasterAnnotations):
             with LabelRaster(info['seg_map_path'], info) as labels:
                 return shown, labels.reduced_ids(*size)

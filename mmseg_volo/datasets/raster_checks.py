@@ -96,7 +96,6 @@ def lies_elsewhere(info: dict) -> bool:
     with Raster(info['img_path']) as raster, Raster(info['seg_map_path']) as label:
         if raster.source.transform.is_identity or label.source.transform.is_identity:
             return False
-        corners = (0, 0), (raster.width, raster.height)
-        there, here = ([source.transform * corner for corner in corners] for source in (raster.source, label.source))
-        pixel = abs(raster.source.transform.a) + abs(raster.source.transform.b)
-        return bool(np.abs(np.subtract(there, here)).max() > SAME_PLACE * pixel)
+        there, here = (np.reshape(tuple(source.transform), (3, 3)) for source in (raster.source, label.source))
+        apart = (there - here) @ [[0, raster.width], [0, raster.height], [1, 1]]
+        return bool(np.abs(apart).max() > SAME_PLACE * np.abs(there[0, :2]).sum())

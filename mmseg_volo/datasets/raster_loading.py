@@ -44,14 +44,13 @@ class LoadRasterFromFile(BaseTransform):
         self.bands, self.crop_size, self.fill = bands, crop_size, fill
 
     def transform(self, results: dict) -> dict:
-        """Add ``img``, ``img_shape``, ``ori_shape`` and, with ``crop_size``, ``raster_window``."""
+        """Add ``img``, ``img_shape``, ``ori_shape`` and ``raster_window``."""
         with Raster(results['img_path'], self.bands, fill=self.fill) as raster:
             whole = raster.height, raster.width
             height, width = (min(pair) for pair in zip(whole, self.crop_size or whole, strict=True))
             top, left = (np.random.randint(most + 1) for most in (whole[0] - height, whole[1] - width))
             values, _ = raster.read(top, left, height, width)
-        if self.crop_size:
-            results['raster_window'] = top, left, height, width, whole
+        results['raster_window'] = top, left, height, width, whole
         results['img'] = np.ascontiguousarray(values.transpose(1, 2, 0))
         results['img_shape'] = results['ori_shape'] = height, width
         return results
@@ -61,7 +60,7 @@ class LoadRasterFromFile(BaseTransform):
 class LoadRasterAnnotations(BaseTransform):
     """Read labels from a TIFF with one band of class ids, in place of ``LoadAnnotations``.
 
-    After a ``LoadRasterFromFile`` with ``crop_size``, only its window is read. Ids are taken as they are stored, also
+    After ``LoadRasterFromFile``, its window is read. Ids are taken as they are stored, also
     where the file declares them to be missing values.
 
     Raises:

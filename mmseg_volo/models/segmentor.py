@@ -209,7 +209,7 @@ class SlidingSegmentor(EncoderDecoder):
 
     def _weight(self, crop: Sequence[int]) -> Tensor:
         if self.test_cfg.get('weighting', 'uniform') == 'uniform':
-            return torch.ones(*crop)
+            return torch.ones(crop)
         rows, columns = (
             torch.hann_window(side + 2, periodic=False)[1:-1] for side in crop
         )  # without the zeros at its ends
