@@ -19,11 +19,11 @@ BIG_TIFF = (b'II+\0', b'MM\0+')  # first bytes
 GEOREFERENCE = {33550, 33922, 34264, 34735, 50844}  # TIFF tags of the transform, the coordinate system and RPCs
 NODATA, SAMPLES, BITS, WIDTH, HEIGHT = 42113, 277, 258, 256, 257  # TIFF tags
 SMALL = 2**26  # pixels: above, a picture is read in windows
-CACHE = 64  # MiB of decoded blocks that GDAL keeps; its default is a share of the machine's memory
+CACHE = 2**26  # bytes of decoded blocks that GDAL keeps; its default is a share of the machine's memory
 LARGEST_BLOCK = 2**28  # bytes that GDAL decodes at a time
 LARGEST = 2**40  # pixels
 PART = 1024  # rows and columns of blocks to read at a time
-FACE = 2, 98  # percentiles that a picture of a raster shows as black and white
+STRETCH = 2, 98  # percentiles that a picture shows as black and white
 
 
 class RasterError(UserError):
@@ -214,7 +214,7 @@ class Raster(AbstractContextManager):
         known = np.isfinite(band) if self.nodata is None else np.isfinite(band) & (band != np.float32(self.nodata))
         if not known.any():
             return np.zeros(band.shape, np.uint8)
-        low, high = np.percentile(band[known], FACE)
+        low, high = np.percentile(band[known], STRETCH)
         scaled = (band - low) * (255 / max(high - low, np.finfo(np.float32).tiny))
         return np.where(known, scaled, 0).clip(0, 255).astype(np.uint8)
 

@@ -1,15 +1,18 @@
 """Large and many-banded rasters: windows, georeference, missing values, and runs that go on after a kill."""
 
 import os
+import re
 import resource
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import init_default_scope
 from mmseg.registry import DATASETS, MODELS, TRANSFORMS
@@ -17,7 +20,7 @@ from PIL import Image
 from raster_files import landscape, write_checkpoint, write_config, write_raster
 from test_extras import hide
 
-from mmseg_volo import LoadRasterAnnotations, LoadRasterFromFile, RasterDataPreProcessor
+from mmseg_volo import LoadRasterAnnotations, LoadRasterFromFile, RasterDataPreProcessor, rasters
 from mmseg_volo.apis import infer, train
 from mmseg_volo.apis import raster as raster_api
 from mmseg_volo.apis import test as measure
@@ -29,6 +32,7 @@ from mmseg_volo.rasters import is_raster
 from mmseg_volo_cli import main
 
 rasterio = pytest.importorskip('rasterio', reason="rasterio is not installed: pip install 'mmseg-volo[geo]'")
+get_gdal_config = rasterio._env.get_gdal_config
 
 SIZE = HEIGHT, WIDTH = 90, 130
 
@@ -94,7 +98,7 @@ def test_any_size_gives_the_labels_of_the_picture_in_memory(config, checkpoint, 
     assert Image.open(tmp_path / 'vis/a.png').size[1] >= size[0]
 
 
-def test_every_strip_has_all_windows_that_touch_it_and_a_bounded_width():
+def test_strips_cover_everything_and_their_width_is_bounded():
     for width in (100, 3000, 30_000, 300_000):
         grid = Grid.of((1000, width), (512, 512), (341, 341), classes=19)
         assert max(right - left for left, right in grid.strips) <= 8 * 341 + 512
@@ -109,6 +113,14 @@ def test_a_raster_is_never_read_as_a_whole(config, checkpoint, tmp_path, narrow_
     path = write_raster(tmp_path / 'a.tif', landscape(300, 200))
     infer(config, checkpoint, [str(path)], str(tmp_path), 'cpu')
     assert max(sizes) <= 32 * (32 + 2 * 48) and sum(sizes) < 4 * 300 * 200
+
+
+def test_gdal_keeps_64_mib_of_decoded_blocks(tmp_path):
+    with rasters.Raster(str(write_raster(tmp_path / 'a.tif', landscape(*SIZE)))) as raster, closing(raster.source):
+        raster.source = SimpleNamespace(
+            read=lambda *args, **kwargs: get_gdal_config('GDAL_CACHEMAX'), close=lambda: None
+        )
+        assert raster.read_stored(0, 0, 9, 9) == raster.reduced(9, 9) == 2**26
 
 
 def test_batches_of_windows_give_nearly_the_same_labels(config, checkpoint, tmp_path):
@@ -161,7 +173,9 @@ def test_control_points_and_odd_coordinate_systems_are_kept(config, checkpoint, 
         assert crs.to_epsg() == 4326 and [(p.row, p.x) for p in points] == [(p.row, p.x) for p in corners]
     with rasterio.open(tmp_path / 'pole.tif') as source, rasterio.open(tmp_path / 'pred/pole.tif') as labels:
         assert labels.crs == source.crs is not None
-    assert not [path for path in (tmp_path / 'pred').iterdir() if path.name.startswith('.')]
+    assert {path.name for path in (tmp_path / 'pred').iterdir()} == {'points.tif', 'pole.tif', 'pole.tif.aux.xml'}
+    infer(config, checkpoint, [str(write_raster(tmp_path / 'pole.tif', landscape(*SIZE)))], str(tmp_path), 'cpu')
+    assert not (tmp_path / 'pred/pole.tif.aux.xml').exists()
 
 
 # Missing values
@@ -238,20 +252,8 @@ def test_float_bands_with_gaps_give_the_labels_of_the_test_loop(many, tmp_path, 
 def test_bands_on_the_command_line_choose_and_order_them(config, checkpoint, many, tmp_path):
     values = landscape(*SIZE, bands=4)
     path = str(write_raster(tmp_path / 'a.tif', values, photometric='minisblack'))
-    arguments = [
-        config,
-        checkpoint,
-        path,
-        '--out-dir',
-        str(tmp_path / 'out'),
-        '--device',
-        'cpu',
-        '--bands',
-        '3',
-        '2',
-        '1',
-    ]
-    assert main('infer', arguments) == 0
+    words = f'{config} {checkpoint} {path} --out-dir {tmp_path}/out --device cpu --bands 3 2 1'
+    assert main('infer', words.split()) == 0
     assert np.array_equal(labels_of(tmp_path / 'out/pred/a.tif'), in_memory(config, checkpoint, values[:3]))
     deep = str(write_raster(tmp_path / 'b.tif', spectrum()))
     infer(*many, [deep], str(tmp_path / 'out'), 'cpu', bands=[6, 5, 4, 3, 2])
@@ -532,12 +534,19 @@ def test_bad_rasters_are_skipped_and_the_others_continue(config, checkpoint, tmp
     assert '2 of 3 images segmented' in output
 
 
+LOADER_KEY = 'test_dataloader.dataset.pipeline.0'
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
         (dict(save=['overlay']), r'a\.tif is a raster, .*; add labels to --save'),
         (dict(save=['labels', 'prob']), r'is a raster, .*; leave out prob'),
         (dict(bands=[1, 2]), r'--bands has 2 numbers, but the model takes 3 channels'),
+        (
+            dict(cfg_options={LOADER_KEY: dict(type='LoadRasterFromFile', fill=[1, 2])}),
+            r'3 bands are read, but fill of',
+        ),
         (dict(bands=[1, 2, 9]), r'a\.tif has 3 bands, so there is no band 9'),
         (dict(bands=[0, 1, 2]), r'has 3 bands, so there is no band 0'),
         (dict(cfg_options={'model.type': 'EncoderDecoder'}), r'need a model of type SlidingSegmentor, but this is Enc'),
@@ -552,6 +561,13 @@ def test_options_that_do_not_go_with_rasters(config, checkpoint, tmp_path, argum
     path = str(write_raster(tmp_path / 'a.tif', landscape(*SIZE)))
     with pytest.raises(UserError, match=message):
         infer(config, checkpoint, [path], str(tmp_path / 'out'), 'cpu', **arguments)
+
+
+@pytest.mark.parametrize('option', [dict(bands=[3, 2, 1]), dict(resume=True)])
+def test_options_for_rasters_without_rasters(config, checkpoint, tmp_path, option):
+    Image.new('RGB', (64, 64)).save(tmp_path / 'a.png')
+    with pytest.raises(UserError, match=f'--{min(option)} is for rasters, and there are none'):
+        infer(config, checkpoint, [str(tmp_path / 'a.png')], str(tmp_path / 'out'), 'cpu', **option)
 
 
 def test_a_config_for_rasters_takes_neither_videos_nor_pictures(many, tmp_path):
@@ -759,6 +775,26 @@ def test_check_data_prints_the_statistics_of_the_bands(training, data, capsys):
     assert Image.open(data / 'seen.png').width > 300
 
 
+@pytest.mark.parametrize(
+    ('size', 'profile'),
+    [
+        ((70, 5000), dict(blockysize=1)),
+        ((70, 5000), dict(blockysize=7)),
+        ((700, 5000), dict(blockysize=700)),
+        ((700, 900), dict(tiled=True, blockxsize=256, blockysize=128)),
+    ],
+)
+def test_files_are_checked_in_parts_of_a_megapixel(tmp_path, monkeypatch, size, profile):
+    monkeypatch.setattr(rasters, 'PART', 256)
+    covered = np.zeros(size, int)
+    with rasters.Raster(str(write_raster(tmp_path / 'a.tif', np.zeros((1, *size), np.uint8), **profile))) as raster:
+        tall, _ = raster.source.block_shapes[0]
+        for top, left, height, width in raster.parts():
+            assert height * width <= 256**2 and (top % tall == 0 or tall * width > 256**2)
+            covered[top : top + height, left : left + width] += 1
+    assert (covered == 1).all()
+
+
 def read(path: Path) -> np.ndarray:
     with rasterio.open(path) as file:
         return file.read()
@@ -790,3 +826,24 @@ def test_training_on_rasters_with_other_bands_is_one_sentence(training, data):
     options = {f'{split}_dataloader.dataset.pipeline.{i}.bands': [1, 2, 3] for split, i in (('train', 1), ('val', 0))}
     with pytest.raises(UserError, match=r'raster has 3 bands, but data_preprocessor.mean .* for 5; choose'):
         train(training, str(data / 'work'), cfg_options=options)
+
+
+def test_the_config_of_the_docs_loads_bands_and_fits_the_model(tmp_path):
+    page = (ROOT / 'docs/rasters.md').read_text()
+    (tmp_path / 'scenes.py').write_text(re.search(r'```python\n(.*?)```', page, re.S)[1])
+    cfg = load_config(str(tmp_path / 'scenes.py'), {'data_root': str(tmp_path)})
+    init_default_scope('mmseg')
+    for split in ('train', 'val'):
+        for kind, bands in (('images', 4), ('labels', 1)):
+            (tmp_path / kind / split).mkdir(parents=True)
+            values = landscape(800, 900, bands)
+            write_raster(
+                tmp_path / kind / split / 'a.tif', values.astype(np.uint16) * 50 if bands > 1 else values // 86
+            )
+    with torch.device('meta'):
+        model = MODELS.build(cfg.model)
+    for split, size in (('train', (512, 512)), ('val', (800, 900))):
+        sample = DATASETS.build(cfg[f'{split}_dataloader'].dataset)[0]
+        assert sample['inputs'].shape == (model.image_channels, *size)
+        assert sample['data_samples'].gt_sem_seg.data.shape == (1, *size)
+    assert torch.equal(sample['inputs'][:3], torch.from_numpy(read(tmp_path / 'images/val/a.tif')[[2, 1, 0]]).float())

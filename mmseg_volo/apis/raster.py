@@ -30,7 +30,7 @@ from .threads import in_threads
 
 SUMS = 2**26  # bytes of added logits that are kept at least
 STRIDES = 8  # columns of windows that a strip has at least, because neighbouring strips compute one or two in common
-FACE = 2048  # longest side of an overlay in pixels
+LONGEST = 2048  # side of an overlay in pixels
 
 
 @dataclass
@@ -299,7 +299,7 @@ class RasterRun:
         return values[::-1]
 
     def _write_overlay(self, raster: Raster, target: Path, path: Path) -> None:
-        scale = min(1.0, FACE / max(raster.height, raster.width))
+        scale = min(1.0, LONGEST / max(raster.height, raster.width))
         height, width = (max(1, round(side * scale)) for side in (raster.height, raster.width))
         with Raster(str(target)) as labels:
             [label] = labels.reduced(width, height)
