@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,7 +20,7 @@ BIG_TIFF = (b'II+\0', b'MM\0+')  # first bytes
 GEOREFERENCE = {33550, 33922, 34264, 34735, 50844}  # TIFF tags of the transform, the coordinate system and RPCs
 NODATA, SAMPLES, BITS, WIDTH, HEIGHT = 42113, 277, 258, 256, 257  # TIFF tags
 SMALL = 2**26  # pixels: above, a picture is read in windows
-CACHE = 2**26  # bytes of decoded blocks that GDAL keeps; its default is a share of the machine's memory
+CACHE = 2**25  # bytes of decoded blocks that GDAL keeps; its default is a share of the machine's memory
 LARGEST_BLOCK = 2**28  # bytes that GDAL decodes at a time
 LARGEST = 2**40  # pixels
 PART = 1024  # rows and columns of blocks to read at a time
@@ -95,33 +96,37 @@ class Raster(AbstractContextManager):
             name.encode()
         except UnicodeEncodeError:
             raise RasterError(f'{path!a} is not a valid name for a raster: GDAL requires UTF-8; rename it') from None
-        with self._errors('cannot be read as a TIFF'):
+        with self.errors('cannot be read as a TIFF'):
             self.source = self.rasterio.open(name, driver='GTiff')
-            self.width, self.height = self.source.width, self.source.height
-            self.alpha = [i for i, kind in enumerate(self.source.colorinterp, 1) if kind.name == 'alpha']
-        try:
-            self.bands = tuple(bands) if bands else self._all_bands(channels)
-            self._check(np.size(fill))
-        except RasterError:
-            self.source.close()
-            raise
-        self.stored = np.dtype(self.source.dtypes[0])  # a TIFF has one type for all bands
-        self.dtype = np.dtype(np.uint8 if self.stored == np.uint8 else np.float32)
+            try:
+                self._read_header(bands, channels, np.size(fill))
+            except Exception:
+                self.source.close()
+                raise
         self.fill = np.broadcast_to(np.asarray(fill, np.float32), len(self.bands))
         if self.dtype == np.uint8:
             self.fill = self.fill.round().clip(0, 255).astype(np.uint8)
-        flags = {flag.name for flag in self.source.mask_flag_enums[self.bands[0] - 1]}
-        self.nodata = self.source.nodata if 'nodata' in flags else None
-        self.masked = 'per_dataset' in flags and not ('alpha' in flags and set(self.alpha) & set(self.bands))
-        self.has_gaps = self.masked or self.nodata is not None or self.stored.kind == 'f'
 
     def __exit__(self, *error) -> None:
         self.source.close()
 
-    def _all_bands(self, channels: int | None) -> tuple[int, ...]:
-        every = tuple(range(1, self.source.count + 1))
-        opaque = tuple(band for band in every if band not in self.alpha)
-        return every if channels == len(every) or not opaque else opaque
+    def _read_header(self, bands: Sequence[int] | None, channels: int | None, fills: int) -> None:
+        source = self.source
+        kinds = [kind.name for kind in source.colorinterp]
+        every = tuple(range(1, source.count + 1))
+        opaque = tuple(band for band in every if kinds[band - 1] != 'alpha')
+        self.bands = tuple(bands or (every if channels == len(every) or not opaque else opaque))
+        self.width, self.height, self.files = source.width, source.height, source.files
+        self.has_palette = kinds[0] == 'palette'
+        self._check(fills)
+        self.stored = np.dtype(source.dtypes[0])  # a TIFF has one type for all bands
+        self.dtype = np.dtype(np.uint8 if self.stored == np.uint8 else np.float32)
+        self.block = source.block_shapes[0]
+        flags = {flag.name for flag in source.mask_flag_enums[self.bands[0] - 1]}
+        self.nodata = source.nodata if 'nodata' in flags else None
+        reads_alpha = any(kinds[band - 1] == 'alpha' for band in self.bands)
+        self.masked = 'per_dataset' in flags and not ('alpha' in flags and reads_alpha)
+        self.has_gaps = self.masked or self.nodata is not None or self.stored.kind == 'f'
 
     def _check(self, fills: int) -> None:
         count = self.source.count
@@ -136,13 +141,22 @@ class Raster(AbstractContextManager):
             raise RasterError(f'{self.path} holds {kind} numbers; real ones are supported')
         if self.width * self.height > LARGEST:
             raise RasterError(f'{self.path} claims {self.width} x {self.height} pixels; 2^40 are supported')
-        height, width = self.source.block_shapes[self.bands[0] - 1]
+        height, width = self.source.block_shapes[0]
         together = count if self.source.interleaving.name == 'pixel' else 1
         size = height * width * together * np.dtype(kind).itemsize
         if size > LARGEST_BLOCK:
             raise RasterError(
                 f'{self.path} is stored in blocks of {width} x {height} pixels, {size >> 20} MiB each; '
                 'store it in tiles: gdal_translate -co TILED=YES -co COMPRESS=DEFLATE -co BIGTIFF=IF_SAFER IN OUT'
+            )
+
+    @cached_property
+    def georeference(self) -> dict[str, Any]:
+        """``crs``, ``transform``, ``gcps``, ``rpcs`` and ``tags`` in rasterio's form."""
+        source = self.source
+        with self.errors('is damaged: its georeference cannot be read'):
+            return dict(
+                crs=source.crs, transform=source.transform, gcps=source.gcps, rpcs=source.rpcs, tags=source.tags()
             )
 
     def read(self, top: int, left: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -154,7 +168,7 @@ class Raster(AbstractContextManager):
         values = self.read_stored(top, left, height, width)
         mask = None
         if self.masked:
-            with self._errors('is damaged: its mask cannot be read'):
+            with self.errors('is damaged: its mask cannot be read'):
                 mask = self.source.read_masks(self.bands[0], window=self.window(top, left, height, width))
         void = np.zeros((height, width), bool) if mask is None else mask == 0
         missing = None
@@ -174,10 +188,12 @@ class Raster(AbstractContextManager):
             return values, void
         return values, None
 
-    def read_stored(self, top: int, left: int, height: int, width: int) -> np.ndarray:
+    def read_stored(
+        self, top: int, left: int, height: int, width: int, bands: Sequence[int] | None = None
+    ) -> np.ndarray:
         """Values ``[bands, height, width]`` as they are stored."""
-        with self._errors(f'is damaged: rows {top} to {top + height - 1} cannot be read'):
-            return self.source.read(self.bands, window=self.window(top, left, height, width))
+        with self.errors(f'is damaged: rows {top} to {top + height - 1} cannot be read'):
+            return self.source.read(list(bands or self.bands), window=self.window(top, left, height, width))
 
     def window(self, top: int, left: int, height: int, width: int) -> Any:
         """A window in rasterio's form."""
@@ -185,7 +201,7 @@ class Raster(AbstractContextManager):
 
     def parts(self) -> Iterator[tuple[int, int, int, int]]:
         """Places for ``read`` that cover everything: a megapixel, or a row, at most, and whole blocks of the file."""
-        height, width = self.source.block_shapes[self.bands[0] - 1]
+        height, width = self.block
         wide = width * max(1, PART // width)
         tall = max(1, PART**2 // wide)
         tall -= tall % height if tall > height else 0
@@ -194,10 +210,18 @@ class Raster(AbstractContextManager):
                 yield top, left, min(tall, self.height - top), min(wide, self.width - left)
 
     def reduced(self, width: int, height: int, bands: Sequence[int] | None = None) -> np.ndarray:
-        """Values ``[bands, height, width]`` of the nearest pixels, as they are stored."""
-        bands = self.bands if bands is None else bands
-        with self._errors('is damaged: some rows cannot be read'):
-            return self.source.read(list(bands), out_shape=(len(bands), height, width))
+        """Values ``[bands, height, width]`` of the nearest pixels, as they are stored; each block is decoded once."""
+        rows, columns = (
+            (2 * np.arange(few) + 1) * many // (2 * few) for few, many in ((height, self.height), (width, self.width))
+        )
+        values = np.zeros((len(bands or self.bands), height, width), self.stored)
+        for top, left, tall, wide in self.parts():
+            y = slice(*np.searchsorted(rows, (top, top + tall)))
+            x = slice(*np.searchsorted(columns, (left, left + wide)))
+            if y.start < y.stop and x.start < x.stop:
+                part = self.read_stored(top, left, tall, wide, bands)
+                values[:, y, x] = part[:, rows[y, None] - top, columns[x] - left]
+        return values
 
     def picture(self, width: int, height: int) -> np.ndarray:
         """The first three bands, or the first alone, as uint8 RGB ``[height, width, 3]``.
@@ -219,7 +243,7 @@ class Raster(AbstractContextManager):
         return np.where(known, scaled, 0).clip(0, 255).astype(np.uint8)
 
     @contextmanager
-    def _errors(self, problem: str) -> Iterator[None]:
+    def errors(self, problem: str) -> Iterator[None]:
         """Raise GDAL's errors as ``RasterError``, and limit its memory in this thread."""
         with self.rasterio.Env(GDAL_CACHEMAX=CACHE):
             try:

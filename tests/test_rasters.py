@@ -115,12 +115,27 @@ def test_a_raster_is_never_read_as_a_whole(config, checkpoint, tmp_path, narrow_
     assert max(sizes) <= 32 * (32 + 2 * 48) and sum(sizes) < 4 * 300 * 200
 
 
-def test_gdal_keeps_64_mib_of_decoded_blocks(tmp_path):
+def test_gdal_keeps_32_mib_of_decoded_blocks(tmp_path):
     with rasters.Raster(str(write_raster(tmp_path / 'a.tif', landscape(*SIZE)))) as raster, closing(raster.source):
         raster.source = SimpleNamespace(
             read=lambda *args, **kwargs: get_gdal_config('GDAL_CACHEMAX'), close=lambda: None
         )
-        assert raster.read_stored(0, 0, 9, 9) == raster.reduced(9, 9) == 2**26
+        assert raster.read_stored(0, 0, 9, 9) == 2**25
+
+
+@pytest.mark.parametrize('profile', [dict(blockysize=7), dict(tiled=True, blockxsize=64, blockysize=32)])
+@pytest.mark.parametrize(('width', 'height'), [(41, 30), (500, 333), (1, 1)])
+def test_reduced_rasters_have_the_nearest_pixels_and_decode_blocks_once(tmp_path, monkeypatch, profile, width, height):
+    monkeypatch.setattr(rasters, 'PART', 64)
+    sizes, values = [], landscape(300, 200)
+    path = write_raster(tmp_path / 'a.tif', values, compress='deflate', **profile)
+    with rasters.Raster(str(path)) as raster:
+        read = raster.read_stored
+        raster.read_stored = lambda *args: sizes.append(args[2] * args[3]) or read(*args)
+        found = raster.reduced(width, height, [2, 1])
+    rows, columns = ((np.arange(few) + 0.5) * many // few for few, many in ((height, 300), (width, 200)))
+    assert np.array_equal(found, values[[1, 0]][:, rows.astype(int)[:, None], columns.astype(int)])
+    assert sum(sizes) <= 300 * 200
 
 
 def test_batches_of_windows_give_nearly_the_same_labels(config, checkpoint, tmp_path):

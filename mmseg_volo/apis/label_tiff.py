@@ -68,8 +68,8 @@ def write_label_tiff(
 @contextmanager
 def _created(path: Path, raster: Raster) -> Iterator[Any]:
     """A new file for labels with the georeference of ``raster``."""
-    rasterio, source = raster.rasterio, raster.source
-    georeference = {} if source.transform.is_identity else {'transform': source.transform}
+    rasterio, origin = raster.rasterio, raster.georeference
+    placed = {} if origin['transform'].is_identity else {'transform': origin['transform']}
     with (
         rasterio.Env(GDAL_CACHEMAX=CACHE),
         rasterio.open(
@@ -80,22 +80,22 @@ def _created(path: Path, raster: Raster) -> Iterator[Any]:
             height=raster.height,
             count=1,
             dtype='uint8',
-            crs=source.crs,
+            crs=origin['crs'],
             nodata=VOID if raster.has_gaps else None,
             tiled=True,
             blockxsize=BLOCK,
             blockysize=BLOCK,
             compress='deflate',
             bigtiff='if_safer',
-            **georeference,
+            **placed,
         ) as file,
     ):
-        points, crs = source.gcps
+        points, crs = origin['gcps']
         if points:
-            file.gcps = points, crs
-        if source.rpcs:
-            file.rpcs = source.rpcs
-        file.update_tags(**{name: text for name, text in source.tags().items() if name not in ('ns', 'bidx')})
+            file.gcps = points, crs or rasterio.crs.CRS()
+        if origin['rpcs']:
+            file.rpcs = origin['rpcs']
+        file.update_tags(**{name: text for name, text in origin['tags'].items() if name not in ('ns', 'bidx')})
         yield file
 
 

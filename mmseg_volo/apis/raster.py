@@ -28,7 +28,7 @@ from .label_tiff import BLOCK, VOID, circumstances_of, write_label_tiff
 from .predictor import LOADERS, Predictor, Undecodable, is_odd
 from .threads import in_threads
 
-SUMS = 2**26  # bytes of added logits that are kept at least
+SUMS = 2**24  # bytes of added logits that are kept at least
 STRIDES = 8  # columns of windows that a strip has at least, because neighbouring strips compute one or two in common
 LONGEST = 2048  # side of an overlay in pixels
 
@@ -163,7 +163,7 @@ class RasterRun:
         if count != channels:
             example = ' '.join(str(min(i + 1, count)) for i in range(channels))
             remedy = f'choose them with --bands, for example --bands {example}'
-            if raster.source.colorinterp[0].name == 'palette':
+            if raster.has_palette:
                 remedy = 'gdal_translate -expand rgb applies its colour table'
             raise Undecodable(f'{raster.path} has {bands_in_words(count)}; the model takes {channels}: {remedy}')
         if self.predictor.raster_loader is None and raster.stored not in (np.uint8, np.uint16):
@@ -171,7 +171,7 @@ class RasterRun:
                 f'{raster.path} holds {raster.stored}, but the config loads pictures of 8 or 16 bits; '
                 'LoadRasterFromFile loads other numbers'
             )
-        if raster.source.crs is None:
+        if raster.georeference['crs'] is None:
             tqdm.write(f'note: {raster.path} has no coordinate reference system, so its labels have none')
 
     def _circumstances(self, raster: Raster) -> dict[str, str]:
@@ -186,7 +186,7 @@ class RasterRun:
             compile=predictor.compiled,
         )
         return {
-            'the raster': _digest([file_sha256(Path(file)).encode() for file in raster.source.files]),
+            'the raster': _digest([file_sha256(Path(file)).encode() for file in raster.files]),
             'the checkpoint': self._weights,
             'the config': _digest([json.dumps(settings, default=str, sort_keys=True).encode()]),
             'an option': json.dumps(options),

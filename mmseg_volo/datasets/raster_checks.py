@@ -94,8 +94,9 @@ def count_ids(info: dict) -> tuple[np.ndarray, tuple[int, int]]:
 def lies_elsewhere(info: dict) -> bool:
     """Whether label and raster both have a georeference, and their corners differ."""
     with Raster(info['img_path']) as raster, Raster(info['seg_map_path']) as label:
-        if raster.source.transform.is_identity or label.source.transform.is_identity:
+        transforms = [source.georeference['transform'] for source in (raster, label)]
+        if any(transform.is_identity for transform in transforms):
             return False
-        there, here = (np.reshape(tuple(source.transform), (3, 3)) for source in (raster.source, label.source))
+        there, here = (np.reshape(tuple(transform), (3, 3)) for transform in transforms)
         apart = (there - here) @ [[0, raster.width], [0, raster.height], [1, 1]]
         return bool(np.abs(apart).max() > SAME_PLACE * np.abs(there[0, :2]).sum())

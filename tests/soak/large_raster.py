@@ -70,7 +70,7 @@ def write_large(path: Path, height: int) -> Path:
     settings = dict(driver='GTiff', width=WIDTH, height=height, count=3, dtype='uint8', crs='EPSG:32633')
     settings |= dict(tiled=True, blockxsize=TILE, blockysize=TILE, compress='deflate', zlevel=1, bigtiff='if_safer')
     tiles = [landscape(TILE, TILE, seed=seed) for seed in range(5)]
-    with rasterio.Env(GDAL_CACHEMAX=2**26), rasterio.open(path, 'w', **settings) as file:
+    with rasterio.Env(GDAL_CACHEMAX=2**25), rasterio.open(path, 'w', **settings) as file:
         for number, (_, window) in enumerate(file.block_windows()):
             file.write(tiles[number % 5][:, : window.height, : window.width], window=window)
     return path
