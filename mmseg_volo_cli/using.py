@@ -33,15 +33,21 @@ def _add_infer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         'images', nargs='*', metavar='IMAGE', help='images, videos, folders (with subfolders) or patterns'
     )
-    parser.add_argument('--out-dir', default='out', metavar='DIR', help='gets vis/, pred/ and prob/ ' + DEFAULT)
+    parser.add_argument('--out-dir', default='out', metavar='DIR', help='gets vis/, pred/ and others ' + DEFAULT)
     parser.add_argument(
         '--save',
         nargs='+',
-        choices=['labels', 'overlay', 'prob'],
+        choices=['labels', 'overlay', 'prob', 'confidence', 'label-studio'],
         default=['labels', 'overlay'],
         help='results to save (default: labels overlay)',
     )
     parser.add_argument('--opacity', type=float, default=0.55, help='opacity of the overlay, 0 to 1 ' + DEFAULT)
+    parser.add_argument(
+        '--side-by-side', dest='beside', action='store_true', help='show the picture or frame beside its overlay'
+    )
+    parser.add_argument(
+        '--void-below', type=float, default=0, metavar='P', help='labels less probable than P become 255 (void)'
+    )
     parser.add_argument('--tta', action='store_true', help='average predictions over several scales and flips')
     parser.add_argument('--amp', action='store_true', help='mixed precision: bfloat16, or float16 on older GPUs')
     parser.add_argument('--bands', nargs='+', type=int, metavar='N', help='bands of TIFF files to use, from 1')

@@ -556,7 +556,7 @@ LOADER_KEY = 'test_dataloader.dataset.pipeline.0'
     ('arguments', 'message'),
     [
         (dict(save=['overlay']), r'a\.tif is a raster, .*; add labels to --save'),
-        (dict(save=['labels', 'prob']), r'is a raster, .*; leave out prob'),
+        (dict(save=['labels', 'prob'], void_below=0.5), r'is a raster, .*; leave out prob and --void-below'),
         (dict(bands=[1, 2]), r'--bands has 2 numbers, but the model takes 3 channels'),
         (
             dict(cfg_options={LOADER_KEY: dict(type='LoadRasterFromFile', fill=[1, 2])}),

@@ -12,8 +12,8 @@ import numpy as np
 from .._files import whole
 from ..errors import UserError
 from ..rasters import CACHE, Raster, RasterError, gdal_errors, reason
+from .predictor import VOID
 
-VOID = 255  # label of pixels without a value
 BLOCK = 512  # rows and columns of a tile
 TAGS = 'MMSEG_VOLO'  # namespace of the tags that say how the labels were made
 

@@ -24,8 +24,8 @@ from ..models.segmentor import window_grid
 from ..rasters import Raster, RasterError, bands_in_words
 from ..visualization import overlay, save_whole, with_legend
 from .journal import Journal
-from .label_tiff import BLOCK, VOID, circumstances_of, write_label_tiff
-from .predictor import LOADERS, Predictor, Undecodable, is_odd
+from .label_tiff import BLOCK, circumstances_of, write_label_tiff
+from .predictor import LOADERS, VOID, Predictor, Undecodable, is_odd
 from .threads import in_threads
 
 SUMS = 2**24  # bytes of added logits that are kept at least

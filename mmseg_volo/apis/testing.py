@@ -32,6 +32,7 @@ from ..engine.distributed import join_processes
 from ..errors import UserError
 from ..evaluation.report import read_run, summary, write_results
 from ..models.pretrained import load_segmentor
+from ..models.segmentor import SlidingSegmentor
 from .sources import load_model, try_out
 
 SERVER_FORMATS = {
@@ -107,6 +108,8 @@ def test(
         model = runner.model
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
+        if isinstance(model, SlidingSegmentor):
+            model.test_cfg.confidence = not tta  # whose average brings its own
         load_segmentor(model, checkpoint)
         if found.is_foreign:
             try_out(model, config)
@@ -140,7 +143,7 @@ def test(
             page = write_results(folder, record, totals, dataset.metainfo['palette'], other)
             low, high = record['intervals']['mIoU']
             runner.logger.info(
-                f'{_class_table(record["classes"])}\n'
+                f'{_class_table(record["classes"])}\n{_calibration_table(record)}'
                 f'mIoU {metrics["mIoU"]:.2f} (95 % interval {low:.2f} to {high:.2f}) on {totals.images} images; {page}'
             )
         return metrics
@@ -156,6 +159,21 @@ def _class_table(rows: Sequence[dict]) -> PrettyTable:
             low, high = row['IoU_interval']
             table.add_row([row['name'], iou, f'{low:.2f} to {high:.2f}', *others])
     return table
+
+
+def _calibration_table(record: dict) -> str:
+    """ECE and the bins of confidence that hold pixels, in per cent; empty without probabilities."""
+    if 'reliability' not in record:
+        return ''
+    table = PrettyTable(['confidence', 'mean', 'accuracy', 'pixels'], align='r')
+    total = sum(row['pixels'] for row in record['reliability'])
+    for row in record['reliability']:
+        if row['pixels']:
+            bounds = f'{row["low"]:.1f} to {row["high"]:.1f}'
+            table.add_row(
+                [bounds, *(f'{x:.2f}' for x in (row['confidence'], row['accuracy'], 100 * row['pixels'] / total))]
+            )
+    return f'{table}\nECE {record["metrics"]["ECE"]:.2f}\n'
 
 
 def _common_folder(cfg: Config) -> str:
