@@ -40,6 +40,7 @@ def write_label_tiff(
         UserError: the file cannot be written.
     """
     sums = []
+    failures: tuple[type[Exception], ...] = (RasterError, *gdal_errors(raster.rasterio))
     with whole(target) as partial:
         sidecar = Path(f'{partial}.aux.xml')  # GDAL puts there what a TIFF cannot hold
         for left_over in (partial, sidecar):
@@ -51,11 +52,11 @@ def write_label_tiff(
                 file.update_tags(ns=TAGS, **{_tag(name): text for name, text in circumstances.items()})
                 for place, labels in blocks:
                     file.write(labels, 1, window=raster.window(*place))
-                    sums.append((place, zlib.crc32(labels)))
+                    sums.append((place, zlib.crc32(labels.data)))
             with Raster(str(partial)) as written:  # GDAL does not report all errors of a full disk
-                if any(zlib.crc32(written.read_stored(*place)) != crc for place, crc in sums):
+                if any(zlib.crc32(written.read_stored(*place).data) != crc for place, crc in sums):
                     raise RasterError('it reads back differently')
-        except (RasterError, *gdal_errors(raster.rasterio)) as error:
+        except failures as error:
             sidecar.unlink(missing_ok=True)
             problem = f'cannot write {target} ({reason(error)}); is the disk full? make room and go on with --resume'
             raise UserError(problem) from None

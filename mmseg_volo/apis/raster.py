@@ -196,7 +196,7 @@ class RasterRun:
     @cached_property
     def _weights(self) -> str:
         tensors = self.model.state_dict().values()
-        return _digest(tensor.cpu().reshape(-1).view(torch.uint8).numpy() for tensor in tensors)
+        return _digest(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data for tensor in tensors)
 
     def _write_labels(self, raster: Raster, target: Path, circumstances: dict[str, str]) -> None:
         """Compute the blocks that the journal lacks, then write all of them to ``target``."""
@@ -210,7 +210,7 @@ class RasterRun:
             tqdm.write(f'{raster.path}: {done / pixels:.0%} was finished before')
 
         def append(block: np.ndarray) -> int:
-            journal.append(zlib.compress(block, 1))
+            journal.append(zlib.compress(block.data, 1))
             return block.size
 
         try:
@@ -333,7 +333,7 @@ def _journal_path(target: Path) -> Path:
     return target.with_name(f'{PARTIAL}{target.name}.journal')
 
 
-def _digest(parts: Iterable[bytes | np.ndarray]) -> str:
+def _digest(parts: Iterable[bytes | memoryview]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)

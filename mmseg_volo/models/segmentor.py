@@ -133,7 +133,7 @@ class SlidingSegmentor(EncoderDecoder):
         windows = (logits for swath in swaths for logits in self._batches(swath[:, :, x : x + crop[1]] for x in lefts))
         places = ((y - tops[0], x) for y, x in product(tops, lefts))
         for rows in self._averaged(windows, places, crop, lefts[-1] + crop[1]):
-            yield label_map(self, [rows], rows.shape[1:])
+            yield label_map(self, [rows], (rows.shape[1], lefts[-1] + crop[1]))
 
     def images_per_batch(self, height: int, width: int) -> int:
         """Number of images of this size whose windows fill a batch."""
@@ -179,7 +179,8 @@ class SlidingSegmentor(EncoderDecoder):
 
     def _batches(self, crops: Iterable[Tensor]) -> Iterator[Tensor]:
         """Yield the logits of each window, computed in batches that are halved when device memory runs out."""
-        crops, waiting = iter(crops), []
+        crops = iter(crops)
+        waiting: list[Tensor] = []
         while True:
             waiting += islice(crops, max(0, self._window_batch() - len(waiting)))
             batch = waiting[: self._window_batch()]
