@@ -50,8 +50,11 @@ def _add_infer(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument('--tta', action='store_true', help='average predictions over several scales and flips')
     parser.add_argument('--amp', action='store_true', help='mixed precision: bfloat16, or float16 on older GPUs')
+    parser.add_argument('--bands', nargs='+', type=int, metavar='N', help='bands of TIFF files to use, from 1')
     add_compile(parser)
-    parser.add_argument('--resume', action='store_true', help='leave out files whose results are all there')
+    parser.add_argument(
+        '--resume', action='store_true', help='leave out finished files, and go on with unfinished rasters'
+    )
     parser.add_argument(
         '--ray',
         nargs='?',
