@@ -39,6 +39,8 @@ def main() -> None:
     report = Report('large rasters')
     with tempfile.TemporaryDirectory(prefix='soak_') as folder:
         place = Path(folder)
+        same_labels(report, place)
+        killed(report, place, kills)
         narrow = write_config(place / 'narrow.py', crop=(512, 512), stride=(512, 512))
         models = {
             'a narrow VOLO, 3 classes, windows of 512 x 512': (
@@ -60,8 +62,6 @@ def main() -> None:
             peak, seconds = int(run.stdout.split()[-1]), time.monotonic() - start
             row = f'{WIDTH} x {height}, {what}: peak of resident memory in MiB'
             report.row(row, f'{peak / 1024:.0f} after {seconds:.0f} s', 1024, peak <= GIB)
-        same_labels(report, place)
-        killed(report, place, kills)
     report.finish()
 
 
@@ -110,7 +110,7 @@ def medium(place: Path, weighting: str = 'uniform') -> tuple[str, str, str]:
     config = write_config(place / f'{weighting}.py', crop=(256, 256), stride=(160, 200), more=more)
     raster = place / 'medium.tif'
     if not raster.exists():
-        settings = dict(driver='GTiff', width=7000, height=2000, count=3, dtype='uint8', compress='deflate')
+        settings = dict(driver='GTiff', width=7000, height=2000, count=3, dtype='uint8', crs='EPSG:32633')
         with rasterio.open(raster, 'w', **settings) as file:
             file.write(landscape(2000, 7000))
     return config, write_checkpoint(place / f'{weighting}.pth', config), str(raster)
