@@ -16,11 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-CHUNK = {'cpu': 2**23, 'cuda': 2**24}  # bytes of scores at a time; on a CPU they should stay in the cache
+CHUNK = {'cpu': 2**22, 'cuda': 2**24}  # bytes of scores at a time; on a CPU they should stay in the cache
 
 
 def biased_attention(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor, *, grid: Sequence[int], scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    *,
+    grid: Sequence[int],
+    scale: float | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Softmax attention over all tokens of a grid, with a learned bias per head and relative position.
 
@@ -36,6 +43,8 @@ def biased_attention(
             (i, j) and key (i', j').
         grid: h and w in tokens.
         scale: multiplies the products of queries and keys before the bias is added; None means ``d ** -0.5``.
+        dropout: share of the attention weights that are set to zero; the others are divided by 1 - dropout. Above 0,
+            :func:`biased_attention_reference` runs, which stores the bias of all pairs of tokens.
 
     Returns:
         ``[B, heads, h * w, d]``. Under autocast it has autocast's dtype, otherwise that of ``q``.
@@ -44,6 +53,8 @@ def biased_attention(
         ValueError: shapes, dtypes or devices do not match.
     """
     _check(q, k, v, table, tuple(grid))
+    if dropout:
+        return biased_attention_reference(q, k, v, table, grid=grid, scale=scale, dropout=dropout)
     device = q.device.type
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if device != 'meta' and q.dtype != torch.float64 and torch.is_autocast_enabled(device):
@@ -61,11 +72,7 @@ def biased_attention_reference(
     scale: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """The definition of :func:`biased_attention` in plain PyTorch, with the whole bias; it can be traced.
-
-    Args:
-        dropout: share of the attention weights that are set to zero; the others are divided by 1 - dropout.
-    """
+    """The definition of :func:`biased_attention` in plain PyTorch, with the whole bias; it can be traced."""
     bias = relative_bias(table, grid).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None], dropout_p=dropout, scale=scale)
 
@@ -130,37 +137,51 @@ def biased_attention_backward_op(
     windows = _windows(table.to(dtype), height, width)
     with torch.autocast(q.device.type, enabled=False):
         for images, heads, rows in _groups(q, width, dtype):
-            parts = [x[images, heads].to(dtype) for x in (grad, q, k, v)]
-            found = _backward(*parts, windows[heads], dtable[heads], rows, scale)
-            for gradient, part in zip(gradients, found, strict=True):
-                gradient[images, heads] = part.view(parts[0].shape)
+            parts = [x[images, heads] for x in (grad, q, k, v)]
+            results = [x[images, heads].view(-1, *q.shape[2:]) for x in gradients]
+            sums = [x.to(dtype) for x in results]  # the same memory, if it has that dtype
+            _backward(*parts, windows[heads], *sums, dtable[heads], rows, scale)
+            for result, found in zip(results, sums, strict=True):
+                result.copy_(found)
     return *gradients, dtable.flip(1, 2).to(table.dtype)
 
 
 def _backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, windows: Tensor, dtable: Tensor, rows: int, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v for some images and heads; that of the table is added to ``dtable``."""
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    windows: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dtable: Tensor,
+    rows: int,
+    scale: float,
+) -> None:
+    """Write the gradients of q, k and v for some images and heads, and add that of the table to ``dtable``."""
     images, heads, N, _ = q.shape
     _, h, w, _, _ = windows.shape
-    grad, q, k, v = (x.flatten(0, 1).contiguous() for x in (grad.flip(2), q.flip(2), k, v))
-    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    grad, q, k, v = (x.flatten(0, 1) for x in (grad, q, k, v))
+    k, v = (x.to(dk.dtype).contiguous() for x in (k, v))
+    dk.zero_(), dv.zero_()
     size = len(q) * rows * w * N
-    scratch, other_scratch, skewed = q.new_empty(size), q.new_empty(size), q.new_zeros(2 * size // images)
+    scratch, other_scratch, skewed = k.new_empty(size), k.new_empty(size), k.new_zeros(2 * size // images)
     for first in range(0, h, rows):
         bias = windows[:, first : first + rows]
         shape = images, *bias.shape
-        tokens = slice(first * w, (first + rows) * w)
+        last = h - first
+        tokens = slice(max(last - rows, 0) * w, last * w)
+        queries, dout = (x[:, tokens].flip(1).to(dk.dtype) for x in (q, grad))
         weights = _view(scratch, shape).copy_(bias).view(len(q), -1, N)
-        weights.baddbmm_(q[:, tokens], k.mT, alpha=scale)
+        weights.baddbmm_(queries, k.mT, alpha=scale)
         torch.softmax(weights, -1, out=weights)
-        dv.baddbmm_(weights.mT, grad[:, tokens])
-        dscores = torch.bmm(grad[:, tokens], v.mT, out=_view(other_scratch, weights.shape))
+        dv.baddbmm_(weights.mT, dout)
+        dscores = torch.bmm(dout, v.mT, out=_view(other_scratch, weights.shape))
         torch.ops.aten._softmax_backward_data.out(dscores, weights, -1, dscores.dtype, grad_input=dscores)
-        torch.mul(dscores @ k, scale, out=dq[:, tokens])
-        dk.baddbmm_(dscores.mT, q[:, tokens], alpha=scale)
+        dq[:, tokens] = (dscores @ k).flip(1).mul_(scale)
+        dk.baddbmm_(dscores.mT, queries, alpha=scale)
         _add_diagonals(dtable, dscores.view(shape), skewed, first)
-    return dq.flip(1), dk, dv
 
 
 def _add_diagonals(dtable: Tensor, dscores: Tensor, skewed: Tensor, first: int) -> None:
