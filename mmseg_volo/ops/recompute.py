@@ -7,7 +7,6 @@ as usual, and its outputs are stored. Tokens are ``[B, H, W, C]``, or maps ``[B,
 ``LayerNorm2d`` and 1x1 convolutions.
 """
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -18,8 +17,6 @@ from torch.autograd.function import once_differentiable
 
 from . import products
 from .plain import is_plain
-
-CHUNK = 2**22  # bytes of an MLP's hidden layer at a time on a CPU
 
 
 def norm_linear(x: Tensor, norm: nn.Module, linear: nn.Module) -> Tensor:
@@ -177,37 +174,24 @@ class _NormMlp(torch.autograd.Function):
             hidden = products.linear(y, weight1.to(dtype), bias1.to(dtype))
             del y
             ctx.save_for_backward(x, norm_weight, norm_bias, hidden, weight1, bias1, weight2, bias2)
-            gelu = F.gelu if any(ctx.needs_input_grad) else torch.ops.aten.gelu_
-            out = x.new_empty(*x.shape[:-1], len(weight2), dtype=dtype)
-            for part, result in _by_rows(hidden, hidden, out):
-                result.copy_(products.linear(gelu(part), weight2.to(dtype), bias2.to(dtype)))
-            return out
+            hidden = F.gelu(hidden) if any(ctx.needs_input_grad) else torch.ops.aten.gelu_(hidden)
+            return products.linear(hidden, weight2.to(dtype), bias2.to(dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, norm_weight, norm_bias, hidden, weight1, bias1, weight2, bias2 = ctx.saved_tensors
+        dweight2, dbias2 = _linear_backward(grad, F.gelu(hidden), weight2, bias2)
+        dhidden = products.linear(grad, weight2.to(ctx.dtype).t())
+        torch.ops.aten.gelu_backward.grad_input(dhidden, hidden, grad_input=dhidden)
         y, mean, rstd = _normalise(x, norm_weight, norm_bias, ctx.eps)
-        dy, gradients = torch.empty_like(y, dtype=ctx.dtype), None
-        for part, y_part, dpart, result in _by_rows(hidden, hidden, y, grad, dy):
-            found = _linear_backward(dpart, F.gelu(part), weight2, bias2)
-            dhidden = products.linear(dpart, weight2.to(ctx.dtype).t())
-            torch.ops.aten.gelu_backward.grad_input(dhidden, part, grad_input=dhidden)
-            found = *_linear_backward(dhidden, y_part.to(ctx.dtype), weight1, bias1), *found
-            gradients = found if gradients is None else [a.add_(b) for a, b in zip(gradients, found, strict=True)]
-            result.copy_(products.linear(dhidden, weight1.to(ctx.dtype).t()))
-            del found, dhidden
-        del y, y_part
+        dweight1, dbias1 = _linear_backward(dhidden, y.to(ctx.dtype), weight1, bias1)
+        del y
+        dy = products.linear(dhidden, weight1.to(ctx.dtype).t())
+        del dhidden
         need = list(ctx.needs_input_grad[:3])
         dx, dnorm_weight, dnorm_bias = _normalise_backward(dy, x, mean, rstd, norm_weight, norm_bias, need)
-        return dx, dnorm_weight, dnorm_bias, None, *gradients, None
-
-
-def _by_rows(hidden: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The rows of tensors, on a CPU as many at a time as ``CHUNK`` holds of ``hidden``."""
-    rows = hidden.shape[:-1].numel()
-    size = max(1, CHUNK // (hidden.shape[-1] * hidden.itemsize)) if hidden.device.type == 'cpu' else max(1, rows)
-    return zip(*(x.flatten(0, -2).split(size) for x in tensors), strict=True)
+        return dx, dnorm_weight, dnorm_bias, None, dweight1, dbias1, dweight2, dbias2, None
 
 
 def _pool(y: Tensor, stride: int) -> Tensor:
