@@ -168,9 +168,9 @@ class Attention(nn.Module):
         qkv = norm_linear(x, norm, self.qkv) if recompute else self.qkv(norm(x))
         B, _, h, w = qkv.shape
         qkv = qkv.permute(0, 2, 3, 1).reshape(B, h * w, self.num_heads, 3, -1)
-        q, k, v = qkv.permute(3, 0, 2, 1, 4).unbind(0)  # B, heads, h * w, d
+        qkv = qkv.permute(3, 0, 2, 1, 4)  # 3, B, heads, h * w, d
         table = self.rel_pos((h, w)).permute(2, 0, 1)
-        x = biased_attention(q, k, v, table, grid=(h, w), dropout=self.attn_drop if self.training else 0.0)
+        x = biased_attention(qkv, table, grid=(h, w), dropout=self.attn_drop if self.training else 0.0)
         return self.proj(x.transpose(1, 2).reshape(B, h, w, -1).permute(0, 3, 1, 2))
 
 

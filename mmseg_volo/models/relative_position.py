@@ -1,7 +1,7 @@
 """Bias of attention per relative position of two tokens, for any grid: from a learned table, or from an MLP.
 
 Both return the table that :func:`~mmseg_volo.ops.biased_attention.biased_attention` takes, with the heads last. The
-parameters have the names of timm's.
+parameters have timm's names.
 """
 
 from collections.abc import Callable
