@@ -21,7 +21,7 @@ from ..errors import UserError
 from ..ops.biased_attention import biased_attention
 from ..ops.recompute import norm_linear, norm_mlp
 from ..ops.relative_table import resize_bilinear, resize_geometric, table_grid
-from .backbone import Backbone, add, are_positive, ceil_div, drop_path_rates, sides
+from .backbone import Backbone, add, are_positive, ceil_div, channels_told_by, drop_path_rates, sides
 from .pretrained import PretrainedFormat
 from .relative_position import RelativeMLP, RelativeTable
 
@@ -77,6 +77,7 @@ _POOLS: dict[str, Callable[[], nn.Module]] = dict(
     avg2=partial(nn.AvgPool2d, 2), max2=partial(nn.MaxPool2d, 2), max=partial(nn.MaxPool2d, 3, 2, 1)
 )
 _RelPos = Callable[[int], nn.Module]  # from the number of heads
+_Arch = Mapping[str, Any]  # a value of COATNET_ARCHITECTURES
 _CHOICES = dict(
     conv_act=('gelu', 'silu'),
     se_act=('relu', 'silu'),
@@ -89,7 +90,7 @@ _CHOICES = dict(
 class Stem(nn.Module):
     """Two 3x3 convolutions, the first with stride 2; the block after them begins with a norm."""
 
-    def __init__(self, in_channels: int, arch: Mapping[str, Any]):
+    def __init__(self, in_channels: int, arch: _Arch):
         super().__init__()
         first, last = arch['stem_widths']
         self.conv1 = nn.Conv2d(in_channels, first, 3, 2, 1, bias=False)
@@ -119,15 +120,12 @@ class Downsample(nn.Module):
 class MBConv(nn.Module):
     """Pre-norm block of stages 1 and 2: 1x1 expansion, depthwise 3x3, squeeze and excitation, 1x1 projection."""
 
-    def __init__(self, in_dim: int, dim: int, stride: int, arch: Mapping[str, Any], drop_path: float):
+    def __init__(self, in_dim: int, dim: int, stride: int, arch: _Arch, drop_path: float):
         super().__init__()
         inner = 4 * (dim if arch['expand_output'] else in_dim)
         at = arch['conv_stride'] if stride == 2 else None
-        squeeze = SqueezeExcite(
-            inner,
-            rd_channels=(dim if arch['expand_output'] else inner) // 4,
-            act_layer=_ACTIVATIONS[arch['se_act']],
-        )
+        reduced = (dim if arch['expand_output'] else inner) // 4
+        squeeze = SqueezeExcite(inner, rd_channels=reduced, act_layer=_ACTIVATIONS[arch['se_act']])
         self.pre_norm_act, self.act = arch['pre_norm_act'], _ACTIVATIONS[arch['conv_act']]()
         self.shortcut = Downsample(in_dim, dim, arch['pool'], arch['conv_bias']) if stride == 2 else nn.Identity()
         self.pre_norm = nn.BatchNorm2d(in_dim)
@@ -155,7 +153,7 @@ class MBConv(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention over all tokens, with a bias that depends on the offset between query and key."""
 
-    def __init__(self, in_dim: int, dim: int, arch: Mapping[str, Any], rel_pos: _RelPos, attn_drop: float):
+    def __init__(self, in_dim: int, dim: int, arch: _Arch, rel_pos: _RelPos, attn_drop: float):
         super().__init__()
         inner = dim if arch['expand_first'] else in_dim
         self.num_heads, self.attn_drop = inner // arch['head_width'], attn_drop
@@ -178,14 +176,7 @@ class Transformer(nn.Module):
     """Pre-norm block of stages 3 and 4: attention over all tokens, then an MLP."""
 
     def __init__(
-        self,
-        in_dim: int,
-        dim: int,
-        stride: int,
-        arch: Mapping[str, Any],
-        rel_pos: _RelPos,
-        attn_drop: float,
-        drop_path: float,
+        self, in_dim: int, dim: int, stride: int, arch: _Arch, rel_pos: _RelPos, attn_drop: float, drop_path: float
     ):
         super().__init__()
         norm1 = LayerNorm2d(in_dim)
@@ -315,6 +306,15 @@ class CoAtNet(Backbone):
                 y = getattr(self, f'norm{i}')(x)
                 outputs.append(y[:, :, : ceil_div(H, STRIDES[i]), : ceil_div(W, STRIDES[i])])
         return tuple(outputs)
+
+    @classmethod
+    def told_by(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """``arch``, ``in_channels`` and, with tables of relative biases, ``img_size`` of a checkpoint."""
+        state = {key: tensor for key, tensor in state.items() if not PRETRAINED.classifier.fullmatch(key)}
+        tables = (tensor for key, tensor in state.items() if re.fullmatch(r'stages\.2\..+_table', key))
+        grid = next(map(table_grid, tables), None)
+        size = dict(img_size=(16 * grid[0], 16 * grid[1])) if grid else {}
+        return dict(arch=_recognise(state), **size, **channels_told_by(state.get(PRETRAINED.stem)))
 
     def parts_of_stage(self, n: int) -> list[nn.Module | nn.Parameter]:
         """Parts that ``frozen_stages`` freezes: the stem, then the stages."""
