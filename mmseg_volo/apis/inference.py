@@ -150,7 +150,7 @@ def _segment_pictures(
 
 def _read(picture: Picture) -> Picture:
     try:
-        picture.image = _decode(picture.path)
+        picture.image = decode(picture.path)
     except Undecodable as error:
         picture.problem = error
     return picture
@@ -168,7 +168,7 @@ def _write(picture: Picture, out: Path, predictor: Predictor, opacity: float, sa
         save_whole(label_png(label, predictor.palette), out / 'pred' / f'{name}.png')
 
 
-def _decode(path: str) -> np.ndarray:
+def decode(path: str) -> np.ndarray:
     """Image as uint8 BGR. 8-bit images equal those of mmseg's loader; 16-bit images are scaled to 8 bits."""
     problem = f'{path} cannot be decoded as an image'
     try:

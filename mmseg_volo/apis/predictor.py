@@ -19,7 +19,7 @@ from .._device import mixed_precision
 from ..config import data_sets, without_steps
 from ..errors import UserError
 from ..models.pretrained import load_segmentor
-from ..models.segmentor import best_class, compile_backbone, last_head
+from ..models.segmentor import best_class, compile_backbone, last_head, probability_of_label
 
 ROWS = 256  # of probabilities, computed at a time
 SMALL, SLIM = 32, 16  # shortest side in pixels and aspect ratio at which the neck's coarsest level may be empty
@@ -34,7 +34,8 @@ class Picture:
     """A picture or a frame on its way from the file to the results.
 
     ``image`` is uint8 BGR ``[H, W, 3]``, ``label`` uint8 ``[H, W]``, ``prob`` float16 ``[classes, H, W]``, one class
-    for a binary head. ``problem`` says why they are missing.
+    for a binary head, ``confidence`` the probability of the label in 255ths, uint8 ``[H, W]``. ``problem`` says why
+    they are missing.
     """
 
     path: str
@@ -42,11 +43,12 @@ class Picture:
     image: Any = None
     label: Any = None
     prob: Any = None
+    confidence: Any = None
     problem: Undecodable | None = None
 
     def forget(self) -> None:
         """Free the arrays."""
-        self.image = self.label = self.prob = None
+        self.image = self.label = self.prob = self.confidence = None
 
 
 class Predictor:
@@ -83,17 +85,19 @@ class Predictor:
         """Number of pictures of this size to compute at a time."""
         return self.model.images_per_batch(height, width) if self.segments else 1
 
-    def predict(self, pictures: Iterable[Picture], probabilities: bool = False) -> Iterator[Picture]:
-        """Set ``label`` and, if wanted, ``prob`` of each picture, in order; those with a problem pass unchanged.
+    def predict(
+        self, pictures: Iterable[Picture], probabilities: bool = False, confidence: bool = False
+    ) -> Iterator[Picture]:
+        """Set ``label`` and, if wanted, ``prob`` or ``confidence`` of each picture, in order.
 
-        Pictures that follow each other and have one size are computed in batches.
+        Those with a problem pass unchanged. Pictures that follow each other and have one size are computed in batches.
         """
         for batch in self._batches(pictures):
-            results = self._results(batch, probabilities)
+            results = self._results(batch, probabilities, confidence)
             for picture in batch:
                 if picture.image is not None:
                     try:
-                        picture.label, picture.prob = next(results)
+                        picture.label, picture.prob, picture.confidence = next(results)
                     except (RuntimeError, cv2.error):
                         if not _is_odd(picture.image):
                             raise
@@ -118,23 +122,29 @@ class Predictor:
             yield batch
 
     @torch.no_grad()
-    def _results(self, batch: list[Picture], probabilities: bool) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-        """Yield labels and probabilities of pictures of one size."""
+    def _results(
+        self, batch: list[Picture], probabilities: bool, confidence: bool
+    ) -> Iterator[tuple[np.ndarray, np.ndarray | None, np.ndarray | None]]:
+        """Yield labels, probabilities and confidence of pictures of one size."""
         images = [picture.image for picture in batch]
-        outputs: Iterator[Any] = self._segmented(images, probabilities) if self.segments else map(self._tested, images)
+        wanted = dict(logits=probabilities, confidence=confidence)
+        outputs: Iterator[Any] = self._segmented(images, **wanted) if self.segments else map(self._tested, images)
         for image in images:
             with mixed_precision(self.device, self.amp):
                 output = next(outputs)
-            if not self.segments and not probabilities:
-                yield output.pred_sem_seg.data.reshape(image.shape[:2]).byte().cpu().numpy(), None
-            elif probabilities:
-                yield self._labels_and_probabilities(output if self.segments else output.seg_logits.data.float().cpu())
+            if not (probabilities or confidence):
+                labels = output if self.segments else output.pred_sem_seg.data.reshape(image.shape[:2]).byte().cpu()
+                yield labels.numpy(), None, None
+            elif self.segments and not probabilities:
+                yield output[0].numpy(), None, output[1].numpy()
             else:
-                yield output.numpy(), None
+                logits = output if self.segments else output.seg_logits.data.float().cpu()
+                sure = probability_of_label(self.model, logits).numpy() if confidence else None
+                yield *self._labels_and_probabilities(logits), sure
 
-    def _segmented(self, images: list[np.ndarray], logits: bool) -> Iterator[Tensor]:
+    def _segmented(self, images: list[np.ndarray], logits: bool, confidence: bool) -> Iterator[Tensor]:
         resized = [torch.from_numpy(self.pipeline(dict(img=image))['img']).permute(2, 0, 1) for image in images]
-        yield from self.model.segment_all(resized, images[0].shape[:2], logits)
+        yield from self.model.segment_all(resized, images[0].shape[:2], logits, confidence and not logits)
 
     def _tested(self, image: np.ndarray) -> SegDataSample:
         return self.tester.test_step(pseudo_collate([self.pipeline(dict(img=image))]))[0]

@@ -80,8 +80,13 @@ class SlidingSegmentor(EncoderDecoder):
         return result
 
     @torch.no_grad()
-    def segment_all(self, images: Sequence[Tensor], size: tuple[int, int], logits: bool = False) -> Iterator[Tensor]:
-        """Yield the results of ``segment`` for images of one size, whose windows share batches."""
+    def segment_all(
+        self, images: Sequence[Tensor], size: tuple[int, int], logits: bool = False, confidence: bool = False
+    ) -> Iterator[Tensor]:
+        """Yield the results of ``segment`` for images of one size, whose windows share batches.
+
+        With ``confidence`` a result is uint8 ``[2, H, W]``: the labels, and the probability of each in 255ths.
+        """
         height, width = images[0].shape[-2:]
         crop, places = self._places(height, width)
         windows = self._batches(images, places, crop)
@@ -89,7 +94,10 @@ class SlidingSegmentor(EncoderDecoder):
             slides = self.test_cfg.mode == 'slide'
             strips = self._averaged(windows, places, crop, width) if slides else iter([next(windows)])
             rows = _resized(strips, (height, width), tuple(size), self.align_corners)
-            yield torch.cat([row.float().cpu() for row in rows], dim=1) if logits else self._joined_labels(rows, size)
+            if logits:
+                yield torch.cat([row.float().cpu() for row in rows], dim=1)
+            else:
+                yield self._joined_labels(rows, size, confidence)
 
     def images_per_batch(self, height: int, width: int) -> int:
         """Number of images of this size whose windows fill a batch."""
@@ -103,13 +111,15 @@ class SlidingSegmentor(EncoderDecoder):
         tops, lefts = (_starts(*args) for args in zip((height, width), crop, self.test_cfg.stride, strict=True))
         return crop, [(y, x) for y in tops for x in lefts]
 
-    def _joined_labels(self, rows: Iterator[Tensor], size: tuple[int, int]) -> Tensor:
-        labels = torch.empty(size, dtype=torch.uint8 if self.out_channels <= 256 else torch.int64)
+    def _joined_labels(self, rows: Iterator[Tensor], size: tuple[int, int], confidence: bool) -> Tensor:
+        joined = torch.empty((1 + confidence, *size), dtype=torch.uint8 if self.out_channels <= 256 else torch.int64)
         top = 0
         for row in rows:
-            labels[top : top + row.shape[1]] = self._labels(row)
+            joined[0, top : top + row.shape[1]] = self._labels(row)
+            if confidence:
+                joined[1, top : top + row.shape[1]] = probability_of_label(self, row)
             top += row.shape[1]
-        return labels
+        return joined if confidence else joined[0]
 
     def _labels(self, logits: Tensor) -> Tensor:
         if self.out_channels == 1:
@@ -190,6 +200,17 @@ class SlidingCascadeSegmentor(SlidingSegmentor, CascadeEncoderDecoder):
 def best_class(logits: Tensor) -> Tensor:
     """Index of the largest of ``logits`` ``[classes, H, W]`` per pixel, int64 ``[H, W]``; the first of equal ones."""
     return logits.max(0).indices  # on a CPU argmax(0) takes ten times as long (torch 2.11)
+
+
+def probability_of_label(model: Any, logits: Tensor) -> Tensor:
+    """Probability of each pixel's label in 255ths, uint8 ``[H, W]``, from a segmentor's logits ``[classes, H, W]``."""
+    logits = logits.float()
+    if model.out_channels == 1:
+        first = logits[0].sigmoid()
+        best = torch.where(first > last_head(model).threshold, first, 1 - first)
+    else:
+        best = (logits.max(0).values - logits.logsumexp(0)).exp()
+    return (best * 255).round().byte()
 
 
 def compile_backbone(model: Any) -> None:
