@@ -3,12 +3,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test soak soak-short lint format docs clean
+.PHONY: demo test soak soak-short lint format lock docs clean
 
 .venv/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "mmseg_volo requires Python 3.10 or newer; try: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[onedl,report,look,tensorboard,pretrain,completion,docs,dev]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[onedl,report,look,tensorboard,pretrain,completion,datasets,docs,dev]' --constraint constraints.txt
 	touch $@
 
 demo: .venv/installed
@@ -32,10 +32,16 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tools/claims.py
+	$(BIN)/python .ci/lock.py --check
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Keeps constraints.txt; needs a network. UPGRADE=1 takes the newest versions.
+lock: .venv/installed
+	$(BIN)/python .ci/lock.py $(if $(UPGRADE),--upgrade)
 
 docs: .venv/installed
 	$(BIN)/sphinx-build --fail-on-warning --keep-going -b html docs docs/_build/html

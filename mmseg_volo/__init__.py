@@ -6,11 +6,12 @@ require_one_stack()  # before the imports below run into what it explains
 
 from ._version import __version__  # noqa: E402
 from .checkpoints import DurableCheckpointHook, use_safe_loader  # noqa: E402
-from .datasets import CamVidDataset, PhotoMetricDistortion, RandomCrop  # noqa: E402
+from .datasets import CamVidDataset, FolderDataset, PhotoMetricDistortion, RandomCrop  # noqa: E402
 from .engine import (  # noqa: E402
     BackboneLayerDecayConstructor,
     BeginSample,
     CPUMemoryHook,
+    DurableEarlyStoppingHook,
     IterationSeedHook,
     NonFiniteLossHook,
     OneClassWarningHook,
@@ -50,7 +51,9 @@ __all__ = [
     'CamVidDataset',
     'CoAtNet',
     'DurableCheckpointHook',
+    'DurableEarlyStoppingHook',
     'FCNHead',
+    'FolderDataset',
     'IterationSeedHook',
     'MultiLevelNeck',
     'NonFiniteLossHook',

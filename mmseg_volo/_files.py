@@ -52,6 +52,22 @@ def distinct_names(files: Sequence[str]) -> dict[str, str]:
     return dict(zip(files, chosen if len(set(chosen)) == len(chosen) else names, strict=True))
 
 
+def files_below(folder: Path) -> list[str]:
+    """Files below a folder, sorted, as paths relative to it with ``/``; hidden files and folders are left out."""
+    found, seen = [], set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(('.', '__MACOSX'))]
+        inside = os.path.relpath(root, folder).replace(os.sep, '/')
+        names = [name for name in files if not name.startswith('.')]
+        found += names if inside == '.' else [f'{inside}/{name}' for name in names]
+    return sorted(found)
+
+
 def find_files(items: Sequence[str], kinds: Mapping[str, Sequence[str]], left_out: Sequence[str] = ()) -> list[str]:
     """Find files for a command.
 

@@ -79,9 +79,14 @@ def load_config(path: str, options: dict) -> Config:
     cfg = load_any_config(path, options)
     if 'decode_head' not in cfg.model and cfg.get('default_scope') == 'mmpretrain':
         raise UserError(f'{path} trains a classifier, not a segmentor; use mmseg-volo pretrain')
+    check_segmentor(cfg)
+    return cfg
+
+
+def check_segmentor(cfg: Config) -> None:
+    """Raise ``UserError`` unless the decode heads have the types of values that the commands read."""
     _check_kinds(cfg, {'model.decode_head': dict | list})
     _check_heads(cfg)
-    return cfg
 
 
 def load_any_config(path: str, options: dict) -> Config:
@@ -91,6 +96,11 @@ def load_any_config(path: str, options: dict) -> Config:
         cfg = Config.fromfile(file)
     except (Exception, SystemExit) as error:  # a config is a program: anything can go wrong in it
         raise UserError(f'config {path} does not load: {type(error).__name__}: {error}') from None
+    return overridden(cfg, path, options)
+
+
+def overridden(cfg: Config, path: str, options: dict) -> Config:
+    """Override and check a config that was read from ``path``; see ``load_config``."""
     try:
         cfg.merge_from_dict(options)
     except Exception as error:  # mmengine raises what comes its way

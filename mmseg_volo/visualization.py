@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import cv2
 import numpy as np
@@ -77,7 +78,12 @@ def truth_and_prediction(
 
 def save_whole(picture: Image.Image, path: Path) -> None:
     """Save as PNG, atomically."""
+    with whole(path) as partial, partial.open('wb') as file:
+        write_png(picture, file)
+
+
+def write_png(picture: Image.Image, file: IO[bytes]) -> None:
+    """Write as PNG."""
     # Repetitions are rare in photographs: without a search for them PNG takes a quarter of the time and 1 % more bytes.
     strategy = {'compress_type': zlib.Z_RLE} if picture.mode == 'RGB' else {}
-    with whole(path) as partial:
-        picture.save(partial, format='PNG', **strategy)
+    picture.save(file, format='PNG', **strategy)

@@ -13,19 +13,19 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from . import data, listing, measuring, training, using
+from . import data, listing, measuring, sharing, training, using
 
 
 class _Parser(argparse.ArgumentParser):
     """An ``ArgumentParser`` whose errors are one sentence, with a suggestion for a mistyped command.
 
-    Files may follow options even where they may be left out, which argparse's ``nargs='*'`` does not allow.
+    Words may follow options even where they may be left out, which argparse's ``nargs`` '*' and '?' do not allow.
     """
 
     _is_inner = False  # Python 3.11's parse_known_intermixed_args() calls parse_known_args()
 
     def parse_known_args(self, args=None, namespace=None):
-        may_be_empty = any(action.nargs == '*' for action in self._get_positional_actions())
+        may_be_empty = any(action.nargs in ('*', '?') for action in self._get_positional_actions())
         if self._is_inner or not may_be_empty:
             return super().parse_known_args(args, namespace)
         self._is_inner = True
@@ -64,6 +64,7 @@ Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[dict],
 COMMANDS: dict[str, Command] = {
     **training.COMMANDS,
     **using.COMMANDS,
+    **sharing.COMMANDS,
     **data.COMMANDS,
     **listing.COMMANDS,
     **measuring.COMMANDS,

@@ -17,6 +17,27 @@ class KeyValue(argparse.Action):
 
 def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('config', help='a config file, or the name of one that comes with mmseg_volo')
+    _add_options(parser)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        'config',
+        metavar='MODEL',
+        help='a config file, or the name of one that comes with mmseg_volo; or a model that brings its weights: '
+        'hf://owner/name, hf://owner/name@revision, or a folder that mmseg-volo push wrote',
+    )
+    parser.add_argument(
+        'checkpoint',
+        nargs='?',
+        metavar='CHECKPOINT',
+        help='weights for MODEL, needed unless it brings its own: a file ending in .pth, .pth.tar, .pt, .ckpt, .bin, '
+        '.safetensors, .onnx or .pt2, or http(s)://..., hf://..., timm://...',
+    )
+    _add_options(parser)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -24,10 +45,6 @@ def add_config(parser: argparse.ArgumentParser) -> None:
         metavar='KEY=VALUE',
         help='override the config, for example data_root=/data/cityscapes train_dataloader.batch_size=2',
     )
-
-
-def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('checkpoint', help='a checkpoint trained with this config')
 
 
 def add_device(parser: argparse.ArgumentParser, numbered: bool = False) -> None:

@@ -26,6 +26,14 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
 def _add_train(parser: argparse.ArgumentParser) -> None:
     _add_pretrain(parser)
     add_compile(parser)
+    parser.add_argument(
+        '--finetune',
+        metavar='CHECKPOINT',
+        help="start from a segmentor's weights; its classes may be others and are matched by name",
+    )
+    parser.add_argument(
+        '--same-classes', action='store_true', help='the classes of --finetune are those of the config, in this order'
+    )
 
 
 def _train(args: dict) -> None:

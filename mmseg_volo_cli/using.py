@@ -2,12 +2,11 @@
 
 import argparse
 
-from .arguments import DEFAULT, add_checkpoint, add_compile, add_config, add_device, add_processes, add_verbose
+from .arguments import DEFAULT, add_compile, add_device, add_model, add_processes, add_verbose
 
 
 def _add_test(parser: argparse.ArgumentParser) -> None:
-    add_config(parser)
-    add_checkpoint(parser)
+    add_model(parser)
     parser.add_argument('--out-dir', metavar='DIR', help='scores and report.html (default: the work dir)')
     parser.add_argument('--show-dir', metavar='DIR', help='save image, ground truth and prediction side by side')
     parser.add_argument('--tta', action='store_true', help='average predictions over several scales and flips')
@@ -30,18 +29,25 @@ def _test(args: dict) -> None:
 
 
 def _add_infer(parser: argparse.ArgumentParser) -> None:
-    add_config(parser)
-    add_checkpoint(parser)
-    parser.add_argument('images', nargs='+', help='images, videos, folders (with subfolders) or patterns')
-    parser.add_argument('--out-dir', default='out', metavar='DIR', help='gets vis/, pred/ and prob/ ' + DEFAULT)
+    add_model(parser)
+    parser.add_argument(
+        'images', nargs='*', metavar='IMAGE', help='images, videos, folders (with subfolders) or patterns'
+    )
+    parser.add_argument('--out-dir', default='out', metavar='DIR', help='gets vis/, pred/ and others ' + DEFAULT)
     parser.add_argument(
         '--save',
         nargs='+',
-        choices=['labels', 'overlay', 'prob'],
+        choices=['labels', 'overlay', 'prob', 'confidence', 'label-studio'],
         default=['labels', 'overlay'],
         help='results to save (default: labels overlay)',
     )
     parser.add_argument('--opacity', type=float, default=0.55, help='opacity of the overlay, 0 to 1 ' + DEFAULT)
+    parser.add_argument(
+        '--side-by-side', dest='beside', action='store_true', help='show the picture or frame beside its overlay'
+    )
+    parser.add_argument(
+        '--void-below', type=float, default=0, metavar='P', help='labels less probable than P become 255 (void)'
+    )
     parser.add_argument('--tta', action='store_true', help='average predictions over several scales and flips')
     parser.add_argument('--amp', action='store_true', help='mixed precision: bfloat16, or float16 on older GPUs')
     add_compile(parser)
@@ -50,19 +56,19 @@ def _add_infer(parser: argparse.ArgumentParser) -> None:
 
 def _infer(args: dict) -> int:
     from mmseg_volo.apis import infer
+    from mmseg_volo.apis.sources import split_words
 
+    words = [word for word in (args['checkpoint'], *args['images']) if word is not None]
+    args['checkpoint'], args['images'] = split_words(args['config'], words)
     undecoded = infer(**args)
     return 1 if undecoded else 0
 
 
 def _add_look(parser: argparse.ArgumentParser) -> None:
-    add_config(parser)
-    add_checkpoint(parser)
+    add_model(parser)
     parser.add_argument('folder', help='pictures, also in subfolders')
     parser.add_argument('--labels', metavar='DIR', help="true labels (default: those of the config's data sets)")
-    parser.add_argument(
-        '--port', type=int, default=8000, help='port on 127.0.0.1; the next free one if in use ' + DEFAULT
-    )
+    parser.add_argument('--port', type=int, default=8000, help='on 127.0.0.1; the next free one if in use ' + DEFAULT)
     parser.add_argument('--out-dir', default='out', metavar='DIR', help='gets corrected labels in labels/ ' + DEFAULT)
     parser.add_argument('--overwrite', action='store_true', help='save corrected labels over the true ones')
     parser.add_argument('--open', action='store_true', help='open the page in a browser')

@@ -1,6 +1,8 @@
 """A stopped run leaves complete checkpoints; a resumed run ends with the same weights as an uninterrupted one."""
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,22 +10,29 @@ import time
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
+from mmengine.logging import MessageHub
 from mmseg.registry import HOOKS
 
-from mmseg_volo import DurableCheckpointHook
+from mmseg_volo import DurableCheckpointHook, DurableEarlyStoppingHook
+from mmseg_volo.apis.testing import test as measure
 from mmseg_volo.apis.training import train
 from mmseg_volo.checkpoints.hook import DurableBackend, newest_whole_checkpoint
 from mmseg_volo.checkpoints.reading import read_checkpoint
 from mmseg_volo.datasets.toy_streets import make_toy_streets
+from mmseg_volo.engine.parallel import ShardedRunner
+from mmseg_volo.error_messages import one_sentence_errors
 from mmseg_volo.errors import UserError
 
 CONFIG = str(ROOT / 'configs/volo_tiny_toy_streets.py')
 ITERATIONS = 6
+# Its momentum falls from 1 to 0.25 in these iterations, so that it depends on the steps that a checkpoint remembers.
+AVERAGE = dict(type='EMAHook', ema_type='MomentumAnnealingEMA', momentum=0.2, gamma=2, update_buffers=True)
 
 
 class Lightning(Exception):
@@ -61,7 +70,7 @@ def run(toy: Path, work_dir: Path, *hooks: dict, **settings: object):
         'train_dataloader.batch_size': 2,
         'model.backbone.drop_path_rate': 0.3,
         'visualizer.vis_backends': [dict(type='LocalVisBackend')],
-        'custom_hooks': [dict(type='EMAHook', momentum=0.2), *hooks],
+        'custom_hooks': [AVERAGE, *hooks],
     }
     for loader in ('train', 'val', 'test'):
         options |= {f'{loader}_dataloader.num_workers': 0, f'{loader}_dataloader.persistent_workers': False}
@@ -69,11 +78,24 @@ def run(toy: Path, work_dir: Path, *hooks: dict, **settings: object):
     return train(CONFIG, str(work_dir), cfg_options=options, **settings)
 
 
+@HOOKS.register_module()
+class KeepValidatedHook(Hook):
+    """Save the weights that are validated, and their scores."""
+
+    def before_val_iter(self, runner, batch_idx, data_batch=None):
+        torch.save(runner.model.state_dict(), Path(runner.work_dir) / f'validated_{runner.iter}')
+
+    def after_val_epoch(self, runner, metrics=None):
+        Path(runner.work_dir, f'scores_{runner.iter}.json').write_text(
+            json.dumps({key: float(value) for key, value in metrics.items()})
+        )
+
+
 @pytest.fixture(scope='module')
 def whole(toy, tmp_path_factory) -> Path:
     """Work dir of an uninterrupted run."""
     work_dir = tmp_path_factory.mktemp('whole')
-    run(toy, work_dir, seed=0)
+    run(toy, work_dir, dict(type='KeepValidatedHook'), seed=0)
     return work_dir
 
 
@@ -247,3 +269,116 @@ def test_deterministic_asks_torch_for_it(toy, tmp_path):
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+# Averaged weights
+
+
+def test_a_checkpoint_holds_the_averaged_weights_that_were_validated(toy, whole, tmp_path):
+    contents = read_checkpoint(whole / 'iter_6.pth')
+    validated, trained = torch.load(whole / 'validated_6'), contents['ema_state_dict']
+    for key, value in contents['state_dict'].items():
+        assert torch.equal(value, validated[key]), key
+        is_averaged = value.is_floating_point()  # the rest counts batches
+        assert not is_averaged or torch.isfinite(value).all() and not torch.equal(value, trained[f'module.{key}']), key
+    printed = json.loads((whole / 'scores_6.json').read_text())
+    options = {f'test_dataloader.{key}': value for key, value in dict(num_workers=0, persistent_workers=False).items()}
+    options |= {'data_root': str(toy), 'visualizer.vis_backends': [dict(type='LocalVisBackend')]}
+    scores = measure(CONFIG, str(whole / 'iter_6.pth'), str(tmp_path), cfg_options=options)
+    for key in ('mIoU', 'aAcc', 'mAcc'):
+        assert abs(scores[key] - printed[key]) <= 0.00501  # of a printed hundredth
+
+
+def test_recomputed_activations_leave_the_average_as_it_is(toy, whole, tmp_path):
+    run(toy, tmp_path, seed=0, cfg_options={'model.backbone.with_cp': True})
+    assert_same_weights(*(read_checkpoint(folder / 'iter_6.pth') for folder in (tmp_path, whole)))
+
+
+@pytest.mark.parametrize(
+    ('settings', 'message'),
+    [
+        (dict(interval=0), 'interval of EMAHook must be an integer of at least 1, got 0'),
+        (dict(begin_iter=7), 'begin_iter of EMAHook must be at most max_iters=6, got 7'),
+        (dict(begin_epoch=1), 'begin_epoch of EMAHook does not go with max_iters; use begin_iter'),
+    ],
+)
+def test_an_average_that_cannot_be_taken_is_a_mistake(toy, tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
+        run(toy, tmp_path, dict(type='EMAHook', **settings))
+
+
+@pytest.mark.parametrize(
+    'settings', [dict(momentum=2), dict(momentum='x'), dict(ema_type='x'), dict(beta=1), dict(begin_iter='x')]
+)
+def test_what_mmengine_refuses_is_one_sentence(toy, tmp_path, settings, capsys):
+    with pytest.raises(SystemExit) as end, one_sentence_errors():
+        run(toy, tmp_path, cfg_options={'custom_hooks': [dict(type='EMAHook', **settings)]})
+    assert end.value.code == 2 and 'error: the config cannot be used: ' in capsys.readouterr().err
+
+
+def test_shares_of_a_model_cannot_be_averaged():
+    runner = ShardedRunner.__new__(ShardedRunner)
+    runner._hooks = [EMAHook()]
+    with pytest.raises(UserError, match='ShardedRunner cannot average weights'):
+        runner.train()
+
+
+# Early stopping
+
+STOP = dict(type='DurableEarlyStoppingHook', patience=2, min_delta=100)  # never reached: stops after 3 validations
+LONGER = {'train_cfg.max_iters': 10, 'default_hooks.checkpoint.interval': 1}
+
+
+def test_a_training_stops_where_it_would_have_without_an_interruption(toy, tmp_path, capsys):
+    runner = run(toy, tmp_path / 'whole', STOP, seed=0, cfg_options=LONGER)
+    assert runner.iter == 6
+    assert re.search(
+        r'stopped at iteration 6: mIoU is \d+\.\d\d, and 2 validations did not exceed \d+\.\d\d by 100\n',
+        capsys.readouterr().out,
+    )
+    with pytest.raises(Lightning):
+        run(toy, tmp_path / 'struck', STOP, dict(type='DoAtHook', iteration=5), seed=0, cfg_options=LONGER)
+    run(toy, tmp_path / 'struck', STOP, resume='auto', cfg_options=LONGER)
+    assert_ended_as(tmp_path / 'struck', tmp_path / 'whole')
+    again = run(toy, tmp_path / 'struck', STOP, resume='auto', cfg_options=LONGER)  # it has ended
+    assert again.iter == 6 and '2 validations did not exceed' in capsys.readouterr().out
+    assert_ended_as(tmp_path / 'struck', tmp_path / 'whole')
+
+
+def test_a_better_score_starts_the_count_anew():
+    hook, log = DurableEarlyStoppingHook(patience=2, min_delta=1), []
+    runner = SimpleNamespace(
+        iter=0,
+        train_loop=SimpleNamespace(stop_training=False),
+        message_hub=MessageHub('early stopping'),
+        logger=SimpleNamespace(info=log.append),
+    )
+    for score in (10, 10.5, 11, 12, 11, 12.5):  # each at least 1 above the last best, or the first one below it
+        assert not runner.train_loop.stop_training
+        hook.after_val_epoch(runner, dict(mIoU=score))
+    assert runner.train_loop.stop_training and log[-1].endswith('2 validations did not exceed 12.00 by 1')
+    runner.train_loop.stop_training = False
+    hook.after_val_epoch(runner, dict(mIoU=float('nan')))
+    assert runner.train_loop.stop_training and log[-1].endswith('mIoU is nan, and that is no finite number')
+
+
+@pytest.mark.parametrize(
+    ('settings', 'message'),
+    [
+        (dict(patience=0), 'patience must be an integer of at least 1, got 0'),
+        (dict(patience='x'), "patience must be an integer of at least 1, got 'x'"),
+        (dict(min_delta=0), 'min_delta must be a number above 0, got 0'),
+        (dict(min_delta=float('nan')), 'min_delta must be a number above 0, got nan'),
+    ],
+)
+def test_a_count_that_cannot_be_kept_is_a_mistake(settings, message):
+    with pytest.raises(UserError, match=message):
+        DurableEarlyStoppingHook(**settings)
+
+
+def test_a_score_that_no_validation_gives_is_a_mistake(toy, tmp_path):
+    wrong = dict(type='DurableEarlyStoppingHook', monitor='IoU')
+    with pytest.raises(UserError, match="monitors 'IoU', but the validation has aAcc, mIoU, mAcc"):
+        run(toy, tmp_path, wrong, cfg_options={'train_cfg.val_interval': 1})
+    with pytest.raises(UserError, match='needs a validation, but the config has no val_dataloader'):
+        DurableEarlyStoppingHook().before_train(SimpleNamespace(val_loop=None))

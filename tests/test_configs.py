@@ -8,11 +8,12 @@ import timm
 import torch
 from conftest import ROOT
 from mmengine.config import Config
+from mmengine.hooks import EMAHook
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
-from mmseg.registry import DATASETS, MODELS
+from mmseg.registry import DATASETS, HOOKS, MODELS
 
-from mmseg_volo import COATNET_ARCHITECTURES, HVT, VOLO, CoAtNet
+from mmseg_volo import COATNET_ARCHITECTURES, HVT, VOLO, CoAtNet, DurableEarlyStoppingHook
 
 CONFIGS = ROOT / 'configs'
 LEAVES = sorted(path.name for path in CONFIGS.glob('*.py'))
@@ -71,7 +72,8 @@ def test_the_documented_leaves_exist():
 
 
 def test_every_base_has_a_user():
-    assert BASES and sorted(set().union(*(bases_of(CONFIGS / leaf) for leaf in LEAVES))) == BASES
+    used = set().union(*(bases_of(CONFIGS / leaf) for leaf in LEAVES))
+    assert BASES and sorted(used | {'own_data'}) == BASES  # new-dataset's configs use that (test_new_dataset.py)
 
 
 @pytest.mark.parametrize('leaf', LEAVES)
@@ -258,3 +260,11 @@ def test_the_sharded_config_differs_from_its_leaf_in_batch_size_and_runner():
     batch_size = cfg['train_dataloader']['batch_size']
     assert 8 * batch_size == cfg['auto_scale_lr']['base_batch_size']
     assert cfg['train_dataloader'] == dict(leaf['train_dataloader'], batch_size=batch_size)
+
+
+def test_the_hooks_on_the_page_about_training_can_be_added_to_a_leaf(tmp_path):
+    page = (ROOT / 'docs/training.md').read_text()
+    blocks = re.findall(r'^```python\n(.*?)^```', page, re.MULTILINE | re.DOTALL)
+    (tmp_path / 'mine.py').write_text('\n'.join(blocks))
+    hooks = [HOOKS.build(hook) for hook in Config.fromfile(tmp_path / 'mine.py').custom_hooks]
+    assert [type(hook) for hook in hooks[-2:]] == [DurableEarlyStoppingHook, EMAHook] and len(hooks) == 5

@@ -15,20 +15,26 @@ from conftest import ROOT
 from mmengine.config import Config
 from mmengine.model import convert_sync_batchnorm
 from mmengine.optim import OptimWrapper
-from mmengine.registry import RUNNERS
+from mmengine.registry import RUNNERS, init_default_scope
+from mmseg.datasets import CityscapesDataset
+from mmseg.registry import MODELS
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from mmseg_volo import NonFiniteLossHook
+from mmseg_volo.config import load_config
 from mmseg_volo.engine.distributed import join_processes
-from mmseg_volo.engine.parallel import CPUDataParallel
+from mmseg_volo.engine.parallel import CPUDataParallel, ShardedRunner
 from mmseg_volo.error_messages import one_sentence_errors
 from mmseg_volo.errors import UserError
+from mmseg_volo.models.finetuning import SegmentorWeights
 from mmseg_volo.ops import outlook_attention
 
 SHARES = 3, 1  # number of images per process
 HEADS, WIDTH, SIZE = 2, 4, (6, 5)
+CLASSES = CityscapesDataset.METAINFO['classes']
 
 
 class Outlook(nn.Module):
@@ -174,6 +180,37 @@ def skip_bad_share(folder: Path) -> None:
 def test_a_bad_gradient_in_one_share_stops_the_step_of_all(tmp_path):
     for status, said in run_two(skip_bad_share, tmp_path):
         assert status == 0, said
+
+
+def segmentor(seed: int) -> nn.Module:
+    init_default_scope('mmseg')
+    torch.manual_seed(seed)
+    model = MODELS.build(load_config(str(ROOT / 'configs/volo_tiny_toy_streets.py'), {}).model)
+    model.init_weights()
+    return model
+
+
+def load_shares(folder: Path) -> None:
+    """Load a checkpoint with other classes into a sharded model, and save the whole tensors."""
+    rank = int(os.environ['RANK'])
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    model = ShardedRunner.wrap_model(SimpleNamespace(distributed=True, cfg={}), None, segmentor(seed=rank))
+    SegmentorWeights(str(folder / 'x.pth')).load_into(model, CLASSES[::-1])
+    state = model.state_dict()
+    assert sum(isinstance(value, DTensor) for value in state.values()) > 100
+    torch.save({k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in state.items()}, folder / f'{rank}.pth')
+
+
+def test_other_classes_are_loaded_into_shares_as_into_a_whole_model(tmp_path):
+    names = [*CLASSES[:-1], 'other']
+    torch.save(dict(state_dict=segmentor(2).state_dict(), meta=dict(CLASSES=names)), tmp_path / 'x.pth')
+    for status, said in run_two(load_shares, tmp_path):
+        assert status == 0, said
+    whole = segmentor(seed=0)
+    SegmentorWeights(str(tmp_path / 'x.pth')).load_into(whole, CLASSES[::-1])
+    for rank in range(2):
+        state = torch.load(tmp_path / f'{rank}.pth')
+        assert all(torch.equal(value, state[key]) for key, value in whole.state_dict().items())
 
 
 def test_synchronised_norms_keep_their_parameters_names_and_frozen_state():

@@ -298,80 +298,11 @@ def test_tta_without_tta_pipeline(place, tmp_path):
         infer(str(tmp_path / 'bare.py'), 'never_read.pth', [str(scenes(place)[0])], str(tmp_path / 'out'), tta=True)
 
 
-# Videos
-
-
-def film(place: Path, path: Path, frames: int, size: tuple[int, int] = SIZE) -> Path:
-    codec = cv2.VideoWriter_fourcc(*('MJPG' if path.suffix == '.avi' else 'mp4v'))
-    writer = cv2.VideoWriter(str(path), codec, 12.5, size)
-    images = [cv2.resize(cv2.imread(str(scene)), size) for scene in scenes(place)]
-    for i in range(frames):
-        writer.write(images[i % len(images)])
-    writer.release()
-    return path
-
-
-def frames_of(path: Path) -> list[np.ndarray]:
-    video = cv2.VideoCapture(str(path))
-    frames = []
-    while (frame := video.read()[1]) is not None:
-        frames.append(frame)
-    return frames
-
-
-@pytest.mark.parametrize('name', ['drive.mp4', 'drive.avi'])
-def test_the_overlay_of_a_video_keeps_frames_and_rate(place, checkpoint, tmp_path, name):
-    source = film(place, tmp_path / name, 7)
-    assert infer(CONFIG, checkpoint, [str(source)], str(tmp_path / 'out'), opacity=0.9) == []
-    made = tmp_path / 'out/vis/drive.mp4'
-    assert [path.name for path in (tmp_path / 'out').rglob('*') if path.is_file()] == ['drive.mp4']
-    assert cv2.VideoCapture(str(made)).get(cv2.CAP_PROP_FPS) == 12.5
-    before, after = frames_of(source), frames_of(made)
-    assert len(before) == len(after) == 7 and before[0].shape == after[0].shape
-    for i in (0, 1):
-        cv2.imwrite(str(tmp_path / f'{i}.png'), before[i])
-    infer(CONFIG, checkpoint, [str(tmp_path)], str(tmp_path / 'out'), save=['overlay'], opacity=0.9)
-    stills = [cv2.imread(str(tmp_path / f'out/vis/{i}.png'))[:, :WIDTH].astype(int) for i in (0, 1)]
-    for i in range(7):
-        candidates = stills[i % 2], stills[1 - i % 2], stills[i % 2][..., ::-1]
-        own, other, swapped = (np.abs(after[i] - candidate).mean() for candidate in candidates)
-        assert 2 * own < min(other, swapped)  # MPEG-4 blurs
-
-
-def unlabelled(predictor: Predictor, pictures: Iterable[Picture], probabilities: bool = False) -> Iterator[Picture]:
+def unlabelled(predictor: Predictor, pictures: Iterable[Picture], *wanted: bool) -> Iterator[Picture]:
     """In place of ``Predictor.predict``: class 0 everywhere, at once."""
     for picture in pictures:
         picture.label = None if picture.image is None else np.zeros(picture.image.shape[:2], np.uint8)
         yield picture
-
-
-def test_a_video_is_read_frame_by_frame(place, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(Predictor, 'predict', unlabelled)
-    peaks, size = [], (640, 480)
-    for frames in (5, 65):
-        source = film(place, tmp_path / f'{frames}.avi', frames, size)
-        with traced() as peak:
-            infer(CONFIG, checkpoint, [str(source)], str(tmp_path / 'out'))
-        peaks.append(peak[0])
-    assert peaks[1] - peaks[0] < 5 * size[0] * size[1] * 3
-
-
-def test_the_beginning_of_a_truncated_video_is_kept(place, checkpoint, tmp_path, capsys):
-    source = film(place, tmp_path / 'drive.avi', 10)
-    source.write_bytes(source.read_bytes()[: source.stat().st_size // 2])
-    assert infer(CONFIG, checkpoint, [str(source)], str(tmp_path / 'out')) == [str(source)]
-    kept = len(frames_of(tmp_path / 'out/vis/drive.mp4'))
-    output = capsys.readouterr().out
-    assert 2 < kept < 8
-    assert f'drive.avi ends after {kept} of 10 frames' in output and '1 incomplete' in output
-
-
-@pytest.mark.parametrize(('size', 'message'), [(0, 'cannot encode 96 x 64 at 12.5 Hz'), (10_000, 'is it full')])
-def test_a_full_disk_leaves_no_partial_video(place, checkpoint, tmp_path, size, message):
-    source = film(place, tmp_path / 'drive.avi', 12)
-    with small_disk(size), pytest.raises(UserError, match=rf'cannot write .*drive\.mp4: .*{message}'):
-        infer(CONFIG, checkpoint, [str(source)], str(tmp_path / 'out'))
-    assert list((tmp_path / 'out/vis').iterdir()) == []
 
 
 @contextmanager

@@ -38,12 +38,14 @@ def samples(pairs: Iterable[Pair]) -> Iterable[list[dict]]:
     """Batches of one, as mmengine's evaluator passes them."""
     for pair in pairs:
         maps = [torch.from_numpy(label.copy())[None] for label in (pair.truth.astype(np.int64), pair.prediction)]
+        sure = np.random.default_rng(int(pair.truth.sum())).integers(0, 65536, pair.truth.shape, np.uint16)
         yield [
             dict(
                 img_path=pair.image,
                 seg_map_path=pair.label,
                 gt_sem_seg=dict(data=maps[0]),
                 pred_sem_seg=dict(data=maps[1]),
+                confidence=dict(data=torch.from_numpy(sure)[None]),
             )
         ]
 
@@ -239,8 +241,9 @@ def test_totals_do_not_depend_on_order_or_number_of_processes(toy, tmp_path):
     three = pickle.loads((folders[2] / 'totals.pkl').read_bytes())
     for totals in (backwards.totals, three):
         assert totals.images == 7
-        for name in ('confusion', 'edges', 'replicates'):
+        for name in ('confusion', 'edges', 'replicates', 'calibration'):
             assert np.array_equal(getattr(totals, name), getattr(one.totals, name)), name
+        assert totals.calibration[0].sum() == totals.confusion.sum()  # void pixels do not count
         for name in ('worst', 'best'):
             seen, expected = ([(e.name, e.pictures) for e in getattr(t, name)] for t in (totals, one.totals))
             assert seen == expected and len(seen) == 4
@@ -328,6 +331,17 @@ def test_foreign_ids(tmp_path):
     pair.truth[0, 0] = 9
     with pytest.raises(UserError, match=r'000.png.label has id 9, but there are 4 classes \(0 to 3\) and 255'):
         measure(tmp_path, [pair])
+
+
+def test_a_model_that_does_not_say_how_sure_it_is_has_no_calibration_error(tmp_path):
+    pairs = made_up(tmp_path, 2)
+    metric = SegmentationMetric(str(tmp_path), str(tmp_path))
+    metric.dataset_meta = META
+    for batch in samples(pairs):
+        del batch[0]['confidence']
+        metric.process({}, batch)
+    assert 'ECE' not in metric.evaluate(2)
+    assert 'ECE' in measure(tmp_path, pairs)[0]
 
 
 def test_only_void(tmp_path):

@@ -93,14 +93,14 @@ def record(measured) -> dict:
 
 def test_a_test_writes_scores_pictures_and_a_page(measured):
     names = {path.name for path in measured.iterdir()}
-    pictures = {'confusion.png', 'per_class.png'}
+    pictures = {'confusion.png', 'per_class.png', 'reliability.png'}
     assert names == {'metrics.json', 'bootstrap.npz', 'per_image.csv', 'report.html', *pictures}
     for name in pictures:
         assert Image.open(measured / name).width > 300
 
 
 def test_metrics_json_records_model_data_and_versions(place, record):
-    assert set(record['metrics']) == {'mIoU', 'mAcc', 'aAcc', 'fwIoU', 'mBoundaryIoU'}
+    assert set(record['metrics']) == {'mIoU', 'mAcc', 'aAcc', 'fwIoU', 'mBoundaryIoU', 'ECE'}
     for name in ('mIoU', 'aAcc'):
         low, high = record['intervals'][name]
         assert 0 <= low <= high <= 100
@@ -127,21 +127,52 @@ def test_the_page_needs_no_other_files(measured, record):
     sources = re.findall(r'(?:src|href)="([^"]*)"', html)
     pictures = [base64.b64decode(re.fullmatch(r'data:image/(?:png|jpeg);base64,(.*)', source)[1]) for source in sources]
     assert (
-        len(pictures) == 1 + 2 * 3 * 4
-    )  # the confusion matrix; three worst and three best images with four pictures each
-    assert all(Image.open(io.BytesIO(picture)).width <= 640 for picture in pictures[1:])
+        len(pictures) == 2 + 2 * 3 * 4
+    )  # confusion matrix, reliability; three worst and three best images with four pictures each
+    assert all(Image.open(io.BytesIO(picture)).width <= 640 for picture in pictures[2:])
     assert 'http' not in html and '@import' not in html
+    assert f'ECE ({record["metrics"]["ECE"]:.2f})' in html
     for name in ('mIoU', 'aAcc'):
         assert f'{record["metrics"][name]:.2f}' in html
         assert '{:.2f} to {:.2f}'.format(*record['intervals'][name]) in html
     assert all(row['name'] in html for row in record['classes'])
 
 
+def test_calibration_is_that_of_mmsegs_probabilities(place, record):
+    cfg = Config.fromfile(CONFIG)
+    cfg.model.type = 'EncoderDecoder'
+    model = init_model(cfg, device='cpu')
+    model.load_state_dict(torch.load(place / 'model.pth'))
+    confidence, correct = [], []
+    for path in sorted((place / 'toy/leftImg8bit/val').rglob('*.png')):
+        prob, label = inference_model(model, str(path)).seg_logits.data.double().softmax(0).max(0)
+        truth = str(path).replace('leftImg8bit', 'gtFine').removesuffix('.png') + '_labelTrainIds.png'
+        truth = np.array(Image.open(truth))
+        confidence.append(prob.numpy()[truth != 255])
+        correct.append((label.numpy() == truth)[truth != 255])
+    confidence, correct = np.concatenate(confidence), np.concatenate(correct)
+    bins = np.digitize(confidence, np.arange(1, 15) / 15, right=True)
+    expected = [np.sum(bins == i) for i in range(15)]
+    assert np.abs(np.subtract([row['pixels'] for row in record['reliability']], expected)).max() <= 3  # rounding
+    error = sum(abs(confidence[bins == i].sum() - correct[bins == i].sum()) for i in range(15)) / len(bins)
+    assert record['metrics']['ECE'] == pytest.approx(100 * error, abs=0.02) and 100 * error > 1
+
+
+def test_a_model_without_probabilities_has_no_calibration(place):
+    run(place, 'plain', options={'model.type': 'EncoderDecoder'})
+    plain = json.loads((place / 'plain/metrics.json').read_text())
+    assert 'ECE' not in plain['metrics'] and 'reliability' not in plain
+    assert (
+        not (place / 'plain/reliability.png').exists()
+        and 'Calibration' not in (place / 'plain/report.html').read_text()
+    )
+
+
 def test_several_processes_give_the_same_scores(place, measured, record):
     # Forked, with gloo: mmengine's launchers do not support CPUs.
     torch.multiprocessing.start_processes(_one_of_two, (place,), nprocs=2, start_method='fork')
     two = json.loads((place / 'two/metrics.json').read_text())
-    for key in ('images', 'metrics', 'intervals', 'classes', 'images_sha256'):  # 3 images: 2 and 1
+    for key in ('images', 'metrics', 'intervals', 'classes', 'reliability', 'images_sha256'):  # 3 images: 2 and 1
         assert two[key] == record[key], key
     assert {path.name for path in (place / 'two').iterdir()} == {path.name for path in measured.iterdir()}
     assert (place / 'two/per_image.csv').read_text() == (measured / 'per_image.csv').read_text()
@@ -156,9 +187,10 @@ def _one_of_two(rank: int, place: Path) -> None:
 # Comparison
 
 
-def test_a_run_does_not_differ_from_itself(place, measured, capfd):
+def test_a_run_does_not_differ_from_itself(place, measured, record, capfd):
     run(place, 'again', compare=str(measured / 'metrics.json'))
     printed = capfd.readouterr()
+    assert f'ECE {record["metrics"]["ECE"]:.2f}' in printed.out + printed.err
     table = [line for line in (printed.out + printed.err).splitlines() if line.startswith('| mIoU ')]
     assert len(table) == 1 and '0.00 to 0.00 | not significant' in table[0]
     html = (place / 'again/report.html').read_text()

@@ -5,12 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from mmseg.datasets import CityscapesDataset
 from mmseg.utils import register_all_modules
 from PIL import Image
 
+from mmseg_volo.datasets.annotations import open_annotations
 from mmseg_volo.datasets.toy_streets import make_toy_streets, parse_size, render_scene
 from mmseg_volo.errors import UserError
 from mmseg_volo_cli import main
@@ -92,6 +94,27 @@ def test_all_nine_classes_have_a_sensible_share_of_16_scenes():
         share = (labels == label_id).mean(axis=(1, 2))
         assert least < share.mean() < most, label_id
         assert (share > 0).sum() >= 14, label_id
+
+
+def test_polygons_for_labelme_draw_the_label_maps(tmp_path):
+    pytest.importorskip('pycocotools')
+    make_toy_streets(tmp_path / 'toy', 3, 1, (128, 64), seed=5, labelme=True)
+    assert sorted(path.name for path in (tmp_path / 'toy').glob('*00[03].*')) == [
+        'street_000000.json',
+        'street_000000.png',
+        'street_000003.json',
+        'street_000003.png',
+    ]
+    annotations = open_annotations(str(tmp_path / 'toy'))
+    ids = {name: train_id for train_id, name in CITYSCAPES_NAMES.items()} | {'__ignore__': 255, '': 254}
+    for sample, seed in zip(annotations.samples, ([5, 0, 0], [5, 0, 1], [5, 0, 2], [5, 1, 0]), strict=True):
+        image, labels = render_scene(seed, (128, 64))
+        np.testing.assert_array_equal(Image.open(tmp_path / 'toy' / sample.image), image)
+        expected = np.vectorize(CITYSCAPES.__getitem__)(labels)
+        drawn = annotations.draw(sample, (128, 64), ids)
+        different = drawn != expected
+        inner = cv2.erode((cv2.Laplacian(expected.astype(np.float32), -1) == 0).astype(np.uint8), np.ones((3, 3)))
+        assert not different[inner > 0].any() and different.mean() < 0.1
 
 
 @pytest.mark.parametrize('size', [(32, 32), (333, 97), (97, 333), (32, 400), (400, 32)])

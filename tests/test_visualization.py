@@ -52,7 +52,7 @@ def test_side_by_side_keeps_every_picture():
 
 
 def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image.Image, 'save', lambda self, path, **_: path.write_bytes(b'half') and 1 / 0)
+    monkeypatch.setattr(Image.Image, 'save', lambda self, file, **_: file.write(b'half') and 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_whole(Image.new('RGB', (1, 1)), tmp_path / 'a.png')
     assert list(tmp_path.iterdir()) == []

@@ -2,32 +2,68 @@
 
 import os
 import time
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
+from typing import IO
 
 import cv2
 import mmcv
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from .._device import resolve_device
-from .._files import IMAGE_SUFFIXES, distinct_names, find_files, whole
-from ..config import check_tta, load_config, make_writable
+from .._files import IMAGE_SUFFIXES, distinct_names, file_sha256, find_files, whole
+from ..checkpoints.download import local_copy
+from ..config import check_tta, make_writable
 from ..errors import UserError
-from ..visualization import label_png, overlay, save_whole, with_legend
+from ..models.confidence import CERTAIN
+from ..models.segmentor import SlidingTTAModel
+from ..visualization import label_png, overlay, side_by_side, with_legend, write_png
+from .label_studio import Tasks
 from .predictor import Picture, Predictor, Undecodable
+from .sources import load_model, try_out
 from .threads import in_threads
-from .video import VIDEO_SUFFIXES, segment_video
+from .video import VIDEO_SUFFIXES, pyav, segment_video
 
 WRITERS = min(4, max(1, (os.cpu_count() or 1) // 2))  # threads: a GPU computes faster than one core compresses
-RESULTS = {'labels': 'pred', 'overlay': 'vis', 'prob': 'prob'}  # kinds of results and their folders
+# Kinds of results and their folders.
+RESULTS = {
+    'labels': 'pred',
+    'overlay': 'vis',
+    'prob': 'prob',
+    'confidence': 'confidence',
+    'label-studio': 'label-studio',
+}
+CONFIDENT = {'confidence', 'label-studio'}  # kinds that need the probability of each label
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The kinds of results to write, and how to draw overlays."""
+
+    kinds: Sequence[str]
+    opacity: float
+    beside: bool
+
+    @property
+    def probabilities(self) -> bool:
+        """Whether the probabilities of all classes are needed."""
+        return 'prob' in self.kinds
+
+    @property
+    def confidence(self) -> bool:
+        """Whether the probability of each label is needed."""
+        return bool(CONFIDENT & set(self.kinds))
 
 
 def infer(
     config: str,
-    checkpoint: str,
+    checkpoint: str | None,
     images: Sequence[str],
     out_dir: str = 'out',
     device: str = 'auto',
@@ -36,19 +72,27 @@ def infer(
     tta: bool = False,
     amp: bool = False,
     compile: bool = False,
+    void_below: float = 0,
+    beside: bool = False,
     cfg_options: dict | None = None,
 ) -> list[str]:
     """Segment images and videos. A video gives an overlay only.
 
     Args:
+        config: a config's path or name; ``hf://owner/name``; or a folder that ``mmseg-volo push`` wrote.
+        checkpoint: the weights; None takes those of ``config``, if it has any.
         images: files, folders with their subfolders, and glob patterns.
         device: ``'auto'`` uses a GPU if one is available.
         save: ``'labels'`` writes indexed PNG files to ``out_dir/pred``, ``'overlay'`` writes overlays with a legend to
-            ``out_dir/vis``, ``'prob'`` writes float16 ``[classes, H, W]`` as ``.npy`` files to ``out_dir/prob``.
+            ``out_dir/vis``, ``'prob'`` writes float16 ``[classes, H, W]`` as ``.npy`` files to ``out_dir/prob``,
+            ``'confidence'`` writes the probability of each label as grey PNG files to ``out_dir/confidence``, and
+            ``'label-studio'`` writes tasks with predictions to ``out_dir/label-studio``.
         opacity: opacity of the overlay, from 0 to 1.
         tta: average over the scales and flips of the config's ``tta_pipeline``.
         amp: mixed precision: autocast to bfloat16, or to float16 on a GPU without bfloat16.
         compile: run the backbone under ``torch.compile``, which compiles once per size of picture or window.
+        void_below: probability from 0 to 1; labels with a lower one become 255 in all results.
+        beside: show the picture or frame to the left of its overlay.
 
     Returns:
         The files that could not be decoded, or only in part; each was reported by a warning.
@@ -58,19 +102,29 @@ def infer(
     """
     if not 0 <= opacity <= 1:
         raise UserError(f'--opacity must be between 0 and 1, got {opacity}')
+    if not 0 <= void_below <= 1:
+        raise UserError(f'--void-below must be between 0 and 1, got {void_below}')
     if tta and 'prob' in save:
-        raise UserError("--save prob does not go with --tta: mmseg's average over scales and flips keeps labels only")
+        raise UserError('--save prob does not go with --tta: the average keeps the probability of the label only')
     outputs = _outputs(images, out_dir)
     videos = [path for path in outputs if _is_video(path)]
     if videos and 'overlay' not in save:
         raise UserError(f'{videos[0]} is a video, which becomes an overlay only; add overlay to --save')
-    cfg = load_config(config, cfg_options or {})
+    if videos:
+        pyav()  # before the model is loaded
+    wanted = Wanted(save, opacity, beside)
+    model = load_model(config, checkpoint, cfg_options or {})
     if tta:
-        check_tta(cfg, config)
-    predictor = Predictor(cfg, checkpoint, resolve_device(device), tta, amp, compile)
+        check_tta(model.config, config)
+    predictor = Predictor(model.config, model.checkpoint, resolve_device(device), tta, amp, compile, void_below)
+    if tta and (void_below or wanted.confidence) and not isinstance(predictor.tester, SlidingTTAModel):
+        raise UserError('the probability of a label with --tta needs tta_model.type=SlidingTTAModel in the config')
+    if model.is_foreign:
+        try_out(predictor.model, config)
     out = make_writable(out_dir)
+    tasks = _tasks(outputs, out, predictor, model.checkpoint) if 'label-studio' in save else None
     skipped, broken, start = [], [], time.perf_counter()
-    results = _segment_files(outputs, out, predictor, opacity, save)
+    results = _segment_files(outputs, out, predictor, wanted, tasks)
     with closing(results), tqdm(desc='files', total=len(outputs), unit='file', disable=None) as progress:
         try:
             for path, problem in results:
@@ -93,6 +147,8 @@ def infer(
         + (f'; {len(skipped)} skipped' if skipped else '')
         + (f'; {len(broken)} incomplete' if broken else '')
     )
+    if tasks:
+        print(f'to import {tasks.path}, start Label Studio with LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT={tasks.root}')
     return skipped + broken
 
 
@@ -106,45 +162,58 @@ def _is_video(path: str) -> bool:
     return path.lower().endswith(VIDEO_SUFFIXES)
 
 
+def _tasks(outputs: dict[str, str], out: Path, predictor: Predictor, checkpoint: str) -> Tasks | None:
+    pictures = [path for path in outputs if not _is_video(path)]
+    if not pictures:
+        return None
+    file = Path(local_copy(checkpoint)).expanduser()
+    return Tasks(out / RESULTS['label-studio'], pictures, predictor, f'{file.stem} {file_sha256(file)[:8]}')
+
+
 def _segment_files(
-    outputs: dict[str, str], out: Path, predictor: Predictor, opacity: float, save: Sequence[str]
+    outputs: dict[str, str], out: Path, predictor: Predictor, wanted: Wanted, tasks: Tasks | None
 ) -> Generator[tuple[str, Undecodable | str | None], None, None]:
     """Yield each file in order when its results are written, and the reason if they are missing or incomplete."""
-    for are_videos, files in groupby(outputs.items(), key=lambda item: _is_video(item[0])):
-        if are_videos:
-            yield from _segment_videos(dict(files), out, predictor, opacity)
-        else:
-            yield from _segment_pictures(dict(files), out, predictor, opacity, save)
+    with tasks.opened() if tasks else nullcontext():
+        for are_videos, files in groupby(outputs.items(), key=lambda item: _is_video(item[0])):
+            if are_videos:
+                yield from _segment_videos(dict(files), out, predictor, wanted)
+            else:
+                yield from _segment_pictures(dict(files), out, predictor, wanted, tasks)
 
 
 def _segment_videos(
-    videos: dict[str, str], out: Path, predictor: Predictor, opacity: float
+    videos: dict[str, str], out: Path, predictor: Predictor, wanted: Wanted
 ) -> Iterator[tuple[str, Undecodable | str | None]]:
     """Yield each video and, unless its overlay is complete, the reason."""
     for path, name in videos.items():
         try:
-            yield path, segment_video(path, out / 'vis' / f'{name}.mp4', predictor, opacity)
+            film = out / RESULTS['overlay'] / f'{name}.mp4'
+            yield path, segment_video(path, film, predictor, wanted.opacity, wanted.beside)
         except Undecodable as error:
             yield path, error
 
 
 def _segment_pictures(
-    pictures: dict[str, str], out: Path, predictor: Predictor, opacity: float, save: Sequence[str]
+    pictures: dict[str, str], out: Path, predictor: Predictor, wanted: Wanted, tasks: Tasks | None
 ) -> Iterator[tuple[str, Undecodable | str | None]]:
     """Yield each picture when its results are written, and the reason if it has none."""
 
     def write(picture: Picture) -> Picture:
         if picture.problem is None:
-            _write(picture, out, predictor, opacity, save)
+            _write(picture, out, predictor, wanted)
+            picture.task = tasks.task(picture) if tasks else ''
         picture.forget()
         return picture
 
     files = (Picture(path, name) for path, name in pictures.items())
     with (
         in_threads(_read, files, ahead=predictor.batch_size()) as read,
-        in_threads(write, predictor.predict(read, 'prob' in save), WRITERS, ahead=WRITERS) as written,
+        in_threads(write, _predicted(read, predictor, wanted), WRITERS, ahead=WRITERS) as written,
     ):
         for picture in written:
+            if tasks and picture.problem is None:
+                tasks.add(picture.task)
             yield picture.path, picture.problem
 
 
@@ -156,16 +225,39 @@ def _read(picture: Picture) -> Picture:
     return picture
 
 
-def _write(picture: Picture, out: Path, predictor: Predictor, opacity: float, save: Sequence[str]) -> None:
+def _predicted(pictures: Iterable[Picture], predictor: Predictor, wanted: Wanted) -> Iterator[Picture]:
+    return predictor.predict(pictures, wanted.probabilities, wanted.confidence)
+
+
+def _write(picture: Picture, out: Path, predictor: Predictor, wanted: Wanted) -> None:
+    for name, write in results(picture, predictor, wanted):
+        with whole(out / name) as unfinished, unfinished.open('wb') as file:
+            write(file)
+
+
+def results(
+    picture: Picture, predictor: Predictor, wanted: Wanted
+) -> Iterator[tuple[str, Callable[[IO[bytes]], object]]]:
+    """Yield the path of each result, from the folder of all results on, and a function that writes it."""
     name, label = picture.name, picture.label
-    if 'prob' in save:
-        with whole(out / 'prob' / f'{name}.npy') as partial:
-            np.save(partial, picture.prob)
-    if 'overlay' in save:
-        page = overlay(picture.image[..., ::-1], label, predictor.palette, opacity)
-        save_whole(with_legend(page, label, predictor.classes, predictor.palette), out / 'vis' / f'{name}.png')
-    if 'labels' in save:
-        save_whole(label_png(label, predictor.palette), out / 'pred' / f'{name}.png')
+    if 'prob' in wanted.kinds:
+        yield f'{RESULTS["prob"]}/{name}.npy', partial(_save_array, picture.prob)
+    if 'confidence' in wanted.kinds:
+        grey = cv2.convertScaleAbs(picture.confidence, alpha=255 / CERTAIN)
+        yield f'{RESULTS["confidence"]}/{name}.png', partial(write_png, Image.fromarray(grey))
+    if 'overlay' in wanted.kinds:
+        image = picture.image[..., ::-1]
+        page = overlay(image, label, predictor.palette, wanted.opacity)
+        if wanted.beside:
+            page = side_by_side([Image.fromarray(image), page])
+        page = with_legend(page, label, predictor.classes, predictor.palette)
+        yield f'{RESULTS["overlay"]}/{name}.png', partial(write_png, page)
+    if 'labels' in wanted.kinds:
+        yield f'{RESULTS["labels"]}/{name}.png', partial(write_png, label_png(label, predictor.palette))
+
+
+def _save_array(array: np.ndarray, file: IO[bytes]) -> None:
+    np.save(file, array)
 
 
 def decode(path: str) -> np.ndarray:

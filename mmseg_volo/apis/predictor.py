@@ -1,5 +1,6 @@
 """Labels and probabilities of decoded pictures."""
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,16 +13,17 @@ from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmseg.apis import init_model
 from mmseg.registry import DATASETS, MODELS
-from mmseg.structures import SegDataSample
 from torch import Tensor
 
 from .._device import mixed_precision
 from ..config import data_sets, without_steps
 from ..errors import UserError
+from ..models.confidence import CERTAIN
 from ..models.pretrained import load_segmentor
-from ..models.segmentor import best_class, compile_backbone, last_head, probability_of_label
+from ..models.segmentor import compile_backbone, label_map
 
 ROWS = 256  # of probabilities, computed at a time
+VOID = 255  # label of pixels below --void-below
 SMALL, SLIM = 32, 16  # shortest side in pixels and aspect ratio at which the neck's coarsest level may be empty
 
 
@@ -34,8 +36,8 @@ class Picture:
     """A picture or a frame on its way from the file to the results.
 
     ``image`` is uint8 BGR ``[H, W, 3]``, ``label`` uint8 ``[H, W]``, ``prob`` float16 ``[classes, H, W]``, one class
-    for a binary head, ``confidence`` the probability of the label in 255ths, uint8 ``[H, W]``. ``problem`` says why
-    they are missing.
+    for a binary head, ``confidence`` the probability of each label in 1/65535, uint16 ``[H, W]``, ``task`` the
+    JSON for Label Studio. ``problem`` says why they are missing.
     """
 
     path: str
@@ -44,6 +46,7 @@ class Picture:
     label: Any = None
     prob: Any = None
     confidence: Any = None
+    task: str = ''
     problem: Undecodable | None = None
 
     def forget(self) -> None:
@@ -61,9 +64,19 @@ class Predictor:
         tta: average over the scales and flips of ``cfg.tta_pipeline``.
         amp: autocast to bfloat16, or to float16 on a GPU without bfloat16.
         compiled: run the backbone under ``torch.compile``.
+        void_below: labels with a lower probability become 255.
     """
 
-    def __init__(self, cfg: Config, checkpoint: str, device: str, tta: bool, amp: bool, compiled: bool = False):
+    def __init__(
+        self,
+        cfg: Config,
+        checkpoint: str,
+        device: str,
+        tta: bool,
+        amp: bool,
+        compiled: bool = False,
+        void_below: float = 0,
+    ):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # without a checkpoint mmseg guesses the classes; they are set below
             self.model = init_model(cfg, checkpoint=None, device='cpu')
@@ -73,7 +86,7 @@ class Predictor:
         self.model.to(device)
         if compiled:
             compile_backbone(self.model)
-        self.device, self.amp = device, amp
+        self.device, self.amp, self.void_below = device, amp, void_below
         self.tester = MODELS.build(dict(cfg.tta_model, module=self.model)) if tta else self.model
         self.segments = hasattr(self.tester, 'segment')  # SlidingSegmentor does, and needs no packing
         steps = cfg.tta_pipeline if tta else data_sets(cfg.test_dataloader.dataset)[0].pipeline
@@ -88,16 +101,18 @@ class Predictor:
     def predict(
         self, pictures: Iterable[Picture], probabilities: bool = False, confidence: bool = False
     ) -> Iterator[Picture]:
-        """Set ``label`` and, if wanted, ``prob`` or ``confidence`` of each picture, in order.
+        """Set ``label`` and, if wanted, ``prob`` and ``confidence`` of each picture, in order.
 
-        Those with a problem pass unchanged. Pictures that follow each other and have one size are computed in batches.
+        Pictures with a problem pass unchanged. Those that follow each other and have one size are computed in batches.
         """
         for batch in self._batches(pictures):
-            results = self._results(batch, probabilities, confidence)
+            results = self._results(batch, probabilities, confidence or self.void_below > 0)
             for picture in batch:
                 if picture.image is not None:
                     try:
                         picture.label, picture.prob, picture.confidence = next(results)
+                        if self.void_below > 0:
+                            picture.label[picture.confidence < math.ceil(self.void_below * CERTAIN)] = VOID
                     except (RuntimeError, cv2.error):
                         if not _is_odd(picture.image):
                             raise
@@ -125,43 +140,51 @@ class Predictor:
     def _results(
         self, batch: list[Picture], probabilities: bool, confidence: bool
     ) -> Iterator[tuple[np.ndarray, np.ndarray | None, np.ndarray | None]]:
-        """Yield labels, probabilities and confidence of pictures of one size."""
+        """Yield labels, probabilities and confidences of pictures of one size."""
         images = [picture.image for picture in batch]
-        wanted = dict(logits=probabilities, confidence=confidence)
-        outputs: Iterator[Any] = self._segmented(images, **wanted) if self.segments else map(self._tested, images)
+        outputs: Iterator[Any]
+        if self.segments:
+            outputs = self._segmented(images, probabilities, confidence)
+        else:
+            outputs = (self._tested(image, probabilities, confidence) for image in images)
         for image in images:
             with mixed_precision(self.device, self.amp):
                 output = next(outputs)
-            if not (probabilities or confidence):
-                labels = output if self.segments else output.pred_sem_seg.data.reshape(image.shape[:2]).byte().cpu()
-                yield labels.numpy(), None, None
-            elif self.segments and not probabilities:
-                yield output[0].numpy(), None, output[1].numpy()
-            else:
-                logits = output if self.segments else output.seg_logits.data.float().cpu()
-                sure = probability_of_label(self.model, logits).numpy() if confidence else None
-                yield *self._labels_and_probabilities(logits), sure
+            prob = None
+            if isinstance(output, Tensor) and output.dim() == 3:  # logits
+                prob = self._probabilities(output).numpy() if probabilities else None
+                output = label_map(self.model, output.split(ROWS, 1), image.shape[:2], confidence)
+            labels, *sure = output if confidence else (output,)
+            yield labels.numpy(), prob, sure[0].numpy() if sure else None
 
-    def _segmented(self, images: list[np.ndarray], logits: bool, confidence: bool) -> Iterator[Tensor]:
+    def _segmented(self, images: list[np.ndarray], logits: bool, confidence: bool) -> Iterator[Any]:
         resized = [torch.from_numpy(self.pipeline(dict(img=image))['img']).permute(2, 0, 1) for image in images]
-        yield from self.model.segment_all(resized, images[0].shape[:2], logits, confidence and not logits)
+        yield from self.model.segment_all(resized, images[0].shape[:2], logits, confidence)
 
-    def _tested(self, image: np.ndarray) -> SegDataSample:
-        return self.tester.test_step(pseudo_collate([self.pipeline(dict(img=image))]))[0]
+    def _tested(self, image: np.ndarray, logits: bool, confidence: bool) -> Any:
+        """The same from a model of mmseg's, or from the average over scales and flips."""
+        sample = self.tester.test_step(pseudo_collate([self.pipeline(dict(img=image))]))[0]
+        if 'confidence' in sample and confidence:
+            return sample.pred_sem_seg.data[0].byte().cpu(), sample.confidence.data[0].cpu()
+        if logits or confidence:
+            scores = sample.seg_logits.data.float().cpu()
+            return scores if self.model.out_channels > 1 else scores.double().logit()  # mmseg has applied the sigmoid
+        return sample.pred_sem_seg.data.reshape(image.shape[:2]).byte().cpu()
 
-    def _labels_and_probabilities(self, logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        if self.model.out_channels == 1:
-            prob = logits.sigmoid()
-            return (prob[0] > last_head(self.model).threshold).byte().numpy(), prob.half().numpy()
+    def _probabilities(self, logits: Tensor) -> Tensor:
         prob = torch.empty(logits.shape, dtype=torch.half)
         for to, rows in zip(prob.split(ROWS, 1), logits.split(ROWS, 1), strict=True):  # never all rows in float32
-            to.copy_(rows.softmax(0))
-        return best_class(logits).byte().numpy(), prob.numpy()
+            to.copy_(rows.sigmoid() if self.model.out_channels == 1 else rows.softmax(0))
+        return prob
 
 
 def _classes_of(dataset: dict) -> dict:
-    """``METAINFO`` of a data set's config, for checkpoints that do not name their classes."""
+    """Classes and palette of a data set's config, for checkpoints that do not name their classes."""
+    if {'classes', 'palette'} <= (dataset.get('metainfo') or {}).keys():
+        return dataset['metainfo']
     kind = dataset.get('type')
+    if (dataset.get('metainfo') or {}).get('classes'):
+        return DATASETS.build({**dataset, 'pipeline': [], 'lazy_init': True}).metainfo
     found: Any = DATASETS.get(kind) if isinstance(kind, str) else kind
     if not hasattr(found, 'METAINFO'):
         raise UserError(

@@ -25,13 +25,15 @@ from .._extras import without_tensorboard
 from .._files import file_sha256
 from .._version import __version__
 from ..checkpoints.download import local_copy
-from ..config import check_tta, data_sets, load_config, make_writable, set_work_dir, without_steps
+from ..config import check_tta, data_sets, make_writable, set_work_dir, without_steps
 from ..datasets.checks import check_data
 from ..engine.console import runner_on_terminal
 from ..engine.distributed import join_processes
 from ..errors import UserError
 from ..evaluation.report import read_run, summary, write_results
 from ..models.pretrained import load_segmentor
+from ..models.segmentor import SlidingSegmentor
+from .sources import load_model, try_out
 
 SERVER_FORMATS = {
     'cityscapes': (CityscapesDataset, dict(type='CityscapesLabelIds', format_only=True, keep_results=True)),
@@ -41,7 +43,7 @@ SERVER_FORMATS = {
 
 def test(
     config: str,
-    checkpoint: str,
+    checkpoint: str | None = None,
     work_dir: str | None = None,
     out_dir: str | None = None,
     show_dir: str | None = None,
@@ -55,8 +57,8 @@ def test(
     """Measure a checkpoint on the config's test set; returns the mean scores and writes a report.
 
     Args:
-        config: a file, or the name of a shipped config.
-        checkpoint: a segmentor's weights; they must fit the config's model exactly.
+        config: a file, the name of a shipped config, ``hf://owner/name``, or a folder that ``mmseg-volo push`` wrote.
+        checkpoint: a segmentor's weights; they must fit the config's model exactly. None takes those of ``config``.
         work_dir: folder for logs; ``work_dirs/<config name>`` by default.
         out_dir: folder for ``metrics.json``, ``report.html`` and the rest (docs/measuring.md); by default the work dir.
         show_dir: folder for one picture per image that shows image, truth and prediction.
@@ -75,7 +77,8 @@ def test(
         raise UserError(
             '--format neither measures nor reads labels, so --show-dir and --compare cannot be used with it'
         )
-    cfg = load_config(config, cfg_options or {})
+    found = load_model(config, checkpoint, cfg_options or {}, with_data=True)
+    cfg, checkpoint = found.config, found.checkpoint
     config_sha256 = _sha256(cfg.pretty_text.encode())  # before this run's folders are set
     join_processes(cfg, launcher)
     cfg.load_from, cfg.resume = None, False
@@ -105,7 +108,11 @@ def test(
         model = runner.model
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
+        if isinstance(model, SlidingSegmentor):
+            model.test_cfg.confidence = not tta  # whose average brings its own
         load_segmentor(model, checkpoint)
+        if found.is_foreign:
+            try_out(model, config)
         dataset = runner.test_dataloader.dataset
         if server_format:
             runner.test()
@@ -136,7 +143,7 @@ def test(
             page = write_results(folder, record, totals, dataset.metainfo['palette'], other)
             low, high = record['intervals']['mIoU']
             runner.logger.info(
-                f'{_class_table(record["classes"])}\n'
+                f'{_class_table(record["classes"])}\n{_calibration_table(record)}'
                 f'mIoU {metrics["mIoU"]:.2f} (95 % interval {low:.2f} to {high:.2f}) on {totals.images} images; {page}'
             )
         return metrics
@@ -152,6 +159,21 @@ def _class_table(rows: Sequence[dict]) -> PrettyTable:
             low, high = row['IoU_interval']
             table.add_row([row['name'], iou, f'{low:.2f} to {high:.2f}', *others])
     return table
+
+
+def _calibration_table(record: dict) -> str:
+    """ECE and the bins of confidence that hold pixels, in per cent; empty without probabilities."""
+    if 'reliability' not in record:
+        return ''
+    table = PrettyTable(['confidence', 'mean', 'accuracy', 'pixels'], align='r')
+    total = sum(row['pixels'] for row in record['reliability'])
+    for row in record['reliability']:
+        if row['pixels']:
+            bounds = f'{row["low"]:.1f} to {row["high"]:.1f}'
+            table.add_row(
+                [bounds, *(f'{x:.2f}' for x in (row['confidence'], row['accuracy'], 100 * row['pixels'] / total))]
+            )
+    return f'{table}\nECE {record["metrics"]["ECE"]:.2f}\n'
 
 
 def _common_folder(cfg: Config) -> str:

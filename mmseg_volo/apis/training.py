@@ -8,6 +8,8 @@ import torch
 from mmengine.config import Config
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
+from mmseg.registry import HOOKS, MODELS
+from torch import nn
 
 from .._extras import without_tensorboard
 from ..checkpoints.download import local_copy
@@ -17,6 +19,7 @@ from ..config import data_sets, decode_heads, load_config, set_work_dir, type_na
 from ..datasets.checks import check_data
 from ..engine.console import runner_on_terminal
 from ..engine.distributed import join_processes
+from ..engine.finetuning import FinetuneHook, leave_out_pretrained
 from ..engine.reproducible import BeginSample
 from ..errors import UserError
 from ..models.segmentor import compile_backbone
@@ -34,6 +37,8 @@ def train(
     deterministic: bool = False,
     compile: bool = False,
     verbose: bool = False,
+    finetune: str | None = None,
+    same_classes: bool = False,
 ) -> Runner:
     """Train the model of a config and return the runner.
 
@@ -51,6 +56,10 @@ def train(
         deterministic: use only operators that give the same bits in every run; slower on a GPU.
         compile: run the backbone under ``torch.compile``.
         verbose: print everything that goes into the log file.
+        finetune: checkpoint of a segmentor to start from instead of the weights that the config names: path or URL.
+            Rows of the classifiers are matched by the names of the classes. Not used if ``resume='auto'`` finds a
+            checkpoint.
+        same_classes: match the rows by position, for a checkpoint that does not name its classes.
 
     Raises:
         UserError: before the first iteration, if the config, the data or a checkpoint cannot be used; later, for a loss
@@ -60,9 +69,15 @@ def train(
     join_processes(cfg, launcher)
     set_options(cfg, config, amp, auto_scale_lr)
     _check_batch(cfg)
+    _check_start(cfg, resume, finetune, same_classes)
+    _check_averaging(cfg)
     check_data(cfg, ('train', 'val') if cfg.get('val_dataloader') else ('train',))
     set_work_dir(cfg, config, work_dir)
-    return run_training(cfg, resume, seed, deterministic, verbose, compile)
+    start = None
+    if finetune is not None:
+        leave_out_pretrained(cfg.model)
+        start = FinetuneHook(finetune, same_classes)
+    return run_training(cfg, resume, seed, deterministic, verbose, compile, start)
 
 
 def set_options(cfg: Config, name: str, amp: bool, auto_scale_lr: bool) -> None:
@@ -76,12 +91,22 @@ def set_options(cfg: Config, name: str, amp: bool, auto_scale_lr: bool) -> None:
 
 
 def run_training(
-    cfg: Config, resume: str | None, seed: int | None, deterministic: bool, verbose: bool, compile: bool = False
+    cfg: Config,
+    resume: str | None,
+    seed: int | None,
+    deterministic: bool,
+    verbose: bool,
+    compile: bool = False,
+    start: FinetuneHook | None = None,
 ) -> Runner:
     """Train the model of a checked config in ``cfg.work_dir``; see ``train``."""
     cfg.resume = resume is not None
     kept_seed = _find_start(cfg, resume)
     _set_randomness(cfg, kept_seed if seed is None else seed, deterministic)
+    if start and cfg.load_from:  # the run is resumed
+        start = None
+    elif start:
+        start.read()
 
     lacks_tensorboard = without_tensorboard(cfg)
     with runner_on_terminal(cfg, verbose) as runner:
@@ -91,6 +116,8 @@ def run_training(
             compile_backbone(runner.model.module if is_model_wrapper(runner.model) else runner.model)
         if cfg.resume and cfg.load_from:
             runner.logger.info(f'resuming from {cfg.load_from}')
+        if start:
+            runner.register_hook(start)
         try:
             runner.train()
         except RuntimeError as error:
@@ -107,6 +134,35 @@ def run_training(
         if best:
             runner.logger.info(f'best checkpoint: {best}')
     return runner
+
+
+def _check_start(cfg: Config, resume: str | None, finetune: str | None, same_classes: bool) -> None:
+    if same_classes and finetune is None:
+        raise UserError('--same-classes says how to read the checkpoint of --finetune, which is missing')
+    if finetune is not None and resume not in (None, 'auto'):
+        raise UserError(
+            f'--finetune {finetune} and --resume {resume} name two checkpoints to start from; --resume without a path '
+            'goes with --finetune'
+        )
+    if finetune is not None and cfg.get('load_from'):
+        raise UserError(f'--finetune {finetune} and load_from={cfg.load_from!r} name two checkpoints to start from')
+
+
+def _check_averaging(cfg: Config) -> None:
+    """Check what mmengine's EMAHook does not check, or only once the model has been built."""
+    end = (cfg.get('train_cfg') or {}).get('max_iters')
+    for hook in cfg.get('custom_hooks') or []:
+        if not isinstance(hook, dict) or 'type' not in hook or type_name(hook) != 'EMAHook':
+            continue
+        average = HOOKS.build(hook).ema_cfg
+        MODELS.build({'model': nn.Identity(), **average})  # in a training, mmengine would not say what it built
+        interval, begin = hook.get('interval', 1), hook.get('begin_iter', 0)
+        if type(interval) is not int or interval < 1:
+            raise UserError(f'interval of EMAHook must be an integer of at least 1, got {interval!r}')
+        if end is not None and begin > end:
+            raise UserError(f'begin_iter of EMAHook must be at most max_iters={end}, got {begin}')
+        if end is not None and hook.get('begin_epoch'):
+            raise UserError('begin_epoch of EMAHook does not go with max_iters; use begin_iter')
 
 
 def _find_start(cfg: Config, resume: str | None) -> int | None:

@@ -1,6 +1,7 @@
-"""Downloads of checkpoints from URLs and from timm."""
+"""Downloads of checkpoints from URLs, from timm and from the Hugging Face hub."""
 
 import hashlib
+import os
 import re
 from http.client import HTTPException
 from pathlib import Path
@@ -11,6 +12,7 @@ from timm.models import get_pretrained_cfg, list_pretrained
 
 from .._files import file_sha256
 from ..errors import UserError
+from .hub import WEIGHTS, model_file
 from .wording import first_sentence
 
 FAMILIES = {'volo_': 'VOLO', 'coatnet_': 'CoAtNet'}  # by the start of timm's names
@@ -20,13 +22,16 @@ def local_copy(source: str) -> str:
     """Path of ``source`` on this machine, downloaded into torch's or huggingface_hub's cache where needed.
 
     Args:
-        source: ``timm://name``; http(s) URL, which may end in ``#sha256=`` and 64 hex digits; or a path, passed on.
+        source: ``timm://name``; ``hf://owner/name``, which may end in ``@revision``; http(s) URL, which may end in
+            ``#sha256=`` and 64 hex digits; a folder that ``mmseg-volo push`` wrote; or another path, passed on.
 
     Raises:
         UserError: it cannot be downloaded, or its SHA-256 is wrong; the file is then removed.
     """
     if source.startswith('timm://'):
         return _from_timm(source.removeprefix('timm://'))
+    if source.startswith('hf://') or os.path.isfile(os.path.join(source, WEIGHTS)):
+        return str(model_file(source, WEIGHTS))
     if not source.startswith(('http://', 'https://')):
         return source
     url = source.partition('#')[0]

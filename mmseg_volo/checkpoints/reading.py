@@ -20,7 +20,8 @@ def read_checkpoint(source: str, map_location: MapLocation = 'cpu') -> dict:
     """Read a checkpoint without running any code in it.
 
     Args:
-        source: path to ``.safetensors`` or to anything ``torch.save`` wrote, http(s) URL, or ``timm://name``.
+        source: path to ``.safetensors`` or to anything ``torch.save`` wrote, http(s) URL, ``timm://name``,
+            ``hf://owner/name``, or a folder that ``mmseg-volo push`` wrote.
         map_location: as in ``torch.load``; ``.safetensors`` are always read to the CPU.
 
     Raises:

@@ -14,10 +14,6 @@ def backbone_tensors(contents: Mapping, source: str) -> dict[str, Tensor]:
     Raises:
         UserError: ``contents``, read from ``source``, contain no tensors.
     """
-    for key in ('state_dict_ema', 'state_dict', 'model'):
-        if isinstance(contents.get(key), Mapping):
-            contents = contents[key]
-            break
     state = state_tensors(contents)
     if any(key.startswith('backbone.') for key in state):
         state = {key.removeprefix('backbone.'): value for key, value in state.items() if key.startswith('backbone.')}
@@ -27,12 +23,27 @@ def backbone_tensors(contents: Mapping, source: str) -> dict[str, Tensor]:
 
 
 def state_tensors(contents: Mapping) -> dict[str, Tensor]:
-    """Return the dense tensors in ``contents`` by name, without the prefix ``module.``."""
+    """Return the dense tensors of a model in ``contents`` by name, without the prefix ``module.``.
+
+    Averaged weights come first: timm stores them as ``state_dict_ema``. mmengine stores them as ``state_dict``, and the
+    others as ``ema_state_dict``.
+    """
+    for key in ('state_dict_ema', 'state_dict', 'model'):
+        if isinstance(contents.get(key), Mapping):
+            contents = contents[key]
+            break
     return {
         key.removeprefix('module.'): value
         for key, value in contents.items()
         if isinstance(key, str) and isinstance(value, Tensor) and not is_not_dense(value)
     }
+
+
+def not_finite(state: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that contain NaN or infinity."""
+    floats = {key: tensor for key, tensor in state.items() if tensor.is_floating_point()}
+    # torch 2.11 has no isfinite() for numbers of 8 bits.
+    return [key for key, x in floats.items() if not (x if x.element_size() > 1 else x.float()).isfinite().all()]
 
 
 def is_not_dense(value: object) -> bool:

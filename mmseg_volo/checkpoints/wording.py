@@ -8,7 +8,7 @@ def some(keys: list[str], most: int = 5) -> str:
     )
 
 
-def first_sentence(error: Exception) -> str:
+def first_sentence(error: BaseException) -> str:
     """First sentence of an exception's message."""
     return printable((str(error) or type(error).__name__).splitlines()[0].split('. ')[0])
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ..config import data_sets, decode_heads, type_name
 from ..errors import UserError
+from .folder import FolderDataset
 
 MAX_LABELS_CHECKED = 500  # per split, evenly spaced: seconds; Cityscapes' 2975 labels would take minutes
 NAMES_LISTED = 8  # ids or classes in one line
@@ -177,6 +178,8 @@ class CheckedDataSet:
     def labels_without_image(self) -> list[str]:
         """Labels without an image."""
         dataset = self.dataset
+        if isinstance(dataset, FolderDataset):
+            return dataset.labels_without_image()
         folder = dataset.data_prefix['seg_map_path']
         names = list_dir_or_file(folder, list_dir=False, suffix=dataset.seg_map_suffix, recursive=True)
         stems = sorted(name.removesuffix(dataset.seg_map_suffix) for name in names)
@@ -200,7 +203,7 @@ def open_split(cfg: Config, split: str) -> list[CheckedDataSet]:
     return [CheckedDataSet(settings, split, decode_heads(cfg)[-1].num_classes) for settings in once]
 
 
-def in_threads(look: Callable, items: Sequence, title: str) -> Iterator:
+def in_threads(look: Callable, items: Sequence, title: str) -> Generator:
     """Results in order. Threads suffice, because decoders release Python's lock; processes would import mmseg first."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:

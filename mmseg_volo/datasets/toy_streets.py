@@ -4,7 +4,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import UserError
+from .annotations.drawing import clip
 
 GENERATOR_VERSION = 1  # incremented whenever a seed gives different pixels
 MIN_SIDE, MAX_SIDE = 32, 4096
@@ -21,6 +22,9 @@ MAX_SCENES = 10**6  # per split: file names have six digits
 # Cityscapes' labelIds. The classes from ROAD on are evaluated.
 UNLABELED, EGO_VEHICLE = 0, 1
 ROAD, SIDEWALK, BUILDING, POLE, SIGN, VEGETATION, SKY, PERSON, CAR = 7, 8, 11, 17, 20, 21, 23, 24, 26
+NAMES = {ROAD: 'road', SIDEWALK: 'sidewalk', BUILDING: 'building', POLE: 'pole', SIGN: 'traffic sign'}
+NAMES |= {VEGETATION: 'vegetation', SKY: 'sky', PERSON: 'person', CAR: 'car'}
+NAMES |= {UNLABELED: '__ignore__', EGO_VEHICLE: '__ignore__'}  # Labelme's name for what shall not count
 TRAIN_IDS = {ROAD: 0, SIDEWALK: 1, BUILDING: 2, POLE: 5, SIGN: 7, VEGETATION: 8, SKY: 10, PERSON: 11, CAR: 13}
 
 # Amplitude of fine and coarse texture per class, relative to brightness.
@@ -71,6 +75,7 @@ class _Street:
         self.zenith, self.horizon, self.tint, self.lit, self.shadow = weather
         self.image = np.empty((self.height, self.width, 3), np.uint8)
         self.labels = np.full((self.height, self.width), SKY, np.uint8)
+        self.polygons: list[tuple[int, np.ndarray]] = []  # painted with a label, in this order
 
     def colour(self, *choices: tuple[int, int, int], spread: float = 10) -> np.ndarray:
         colour = np.array(choices[self.rng.integers(len(choices))], float)
@@ -90,6 +95,7 @@ class _Street:
         cv2.fillPoly(self.image, polygons, shade)  # which clips the colour to 0..255
         if label is not None:
             cv2.fillPoly(self.labels, polygons, label)
+            self.polygons += [(label, polygon) for polygon in polygons]
 
     def ground(self, left: float, right: float, near: float, far: float) -> np.ndarray:
         return np.array([(left, 0, near), (right, 0, near), (right, 0, far), (left, 0, far)])
@@ -302,6 +308,7 @@ class _Street:
             centre, axes = (self.width // 2, self.height), (int(0.55 * self.width), int(rise))
             cv2.ellipse(self.image, centre, axes, 0, 0, 360, (0.6 * paint).tolist(), -1)
             cv2.ellipse(self.labels, centre, axes, 0, 0, 360, EGO_VEHICLE, -1)
+            self.polygons.append((EGO_VEHICLE, cv2.ellipse2Poly(centre, axes, 0, 0, 360, 5)))
 
     def develop(self) -> tuple[np.ndarray, np.ndarray]:
         """Halve the size; add texture, clouds, lighting, blur and sensor noise."""
@@ -327,6 +334,26 @@ class _Street:
         image += rng.uniform(1.5, 5) * rng.standard_normal(image.shape, np.float32)
         return np.clip(image, 0, 255).astype(np.uint8), labels
 
+    def labelme(self, image: str) -> dict:
+        """The contents of Labelme's file for the picture ``image``."""
+        width, height = self.width // 2, self.height // 2
+        sky = np.array([(0, 0), (2 * width, 0), (2 * width, 2 * height), (0, 2 * height)]) - 0.5
+        shapes = []
+        for label, polygon in [(SKY, sky), *self.polygons]:
+            corners = clip((polygon + 0.5) / 2, width, height)  # from centres of pixels, at twice the size
+            if len(corners) > 2:
+                points = corners.round(2).tolist()
+                shapes.append(dict(label=NAMES[label], points=points, group_id=None, shape_type='polygon', flags={}))
+        return dict(
+            version='5.5.0',
+            flags={},
+            shapes=shapes,
+            imagePath=image,
+            imageData=None,
+            imageHeight=height,
+            imageWidth=width,
+        )
+
 
 def render_scene(seed: int | Sequence[int], size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Render one street scene. The same ``seed`` and ``size`` give the same bytes.
@@ -339,16 +366,22 @@ def render_scene(seed: int | Sequence[int], size: tuple[int, int]) -> tuple[np.n
         The image (uint8 RGB ``[H, W, 3]``) and its Cityscapes labelIds (uint8 ``[H, W]``).
     """
     _check_size(size)
+    return _paint(seed, size).develop()
+
+
+def _paint(seed: int | Sequence[int], size: tuple[int, int]) -> _Street:
     street = _Street(np.random.default_rng(seed), size)
     street.paint_backdrop()
     street.paint_ground()
     street.paint_lots()
     street.paint_things()
     street.paint_bonnet()
-    return street.develop()
+    return street
 
 
-def make_toy_streets(out: str | Path, train: int, val: int, size: tuple[int, int], seed: int = 0) -> None:
+def make_toy_streets(
+    out: str | Path, train: int, val: int, size: tuple[int, int], seed: int = 0, labelme: bool = False
+) -> None:
     """Write a data set for mmseg's ``CityscapesDataset``, completely or not at all.
 
     Args:
@@ -357,6 +390,8 @@ def make_toy_streets(out: str | Path, train: int, val: int, size: tuple[int, int
         val: number of validation scenes, all different from the training scenes.
         size: ``(width, height)`` in pixels, each from 32 to 4096.
         seed: random seed, at least 0.
+        labelme: write all scenes into one folder, each with a file of Labelme's polygons beside it instead of label
+            maps, as if a person had drawn them.
     """
     _check_size(size)
     for name, value in dict(train=train, val=val).items():
@@ -366,6 +401,8 @@ def make_toy_streets(out: str | Path, train: int, val: int, size: tuple[int, int
         raise UserError(f'seed must be at least 0, got {seed}')
     out = Path(out).resolve()
     parameters = dict(train=train, val=val, size=list(size), seed=seed, version=GENERATOR_VERSION)
+    if labelme:
+        parameters['labelme'] = True
     try:
         if _holds(out, parameters):
             print(f'{out} already holds these toy streets')
@@ -377,14 +414,14 @@ def make_toy_streets(out: str | Path, train: int, val: int, size: tuple[int, int
             raise UserError(f'{partial} was left by a killed run, or another run is writing it; delete it first')
         partial.mkdir(parents=True)
         try:
-            _write_scenes(partial, parameters)
+            (_write_labelme if labelme else _write_scenes)(partial, parameters)
             partial.replace(out)
         except BaseException:  # also on Ctrl-C
             shutil.rmtree(partial, ignore_errors=True)
             raise
     except OSError as error:
         raise UserError(f'cannot write the toy streets to {out}: {error.strerror or error}') from error
-    print(f'{out} holds {train} train and {val} val scenes')
+    print(f'{out} holds ' + (f'{train + val} scenes' if labelme else f'{train} train and {val} val scenes'))
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -410,16 +447,29 @@ def _holds(out: Path, parameters: dict) -> bool:
 def _write_scenes(root: Path, parameters: dict) -> None:
     train_ids = np.full(256, 255, np.uint8)
     train_ids[list(TRAIN_IDS)] = list(TRAIN_IDS.values())
-    scenes = [(split, index) for split in ('train', 'val') for index in range(parameters[split])]
     for folder in (root / kind / split / 'toytown' for kind in ('leftImg8bit', 'gtFine') for split in ('train', 'val')):
         folder.mkdir(parents=True)
-    for split, index in tqdm(scenes, desc='toy streets', unit='scene', disable=None):  # None: no bar in a log file
+    for split, index in _scenes(parameters):
         image, labels = render_scene([parameters['seed'], int(split == 'val'), index], parameters['size'])
         name = f'{split}/toytown/toytown_{index:06d}_000000'
         _write_png(root / f'leftImg8bit/{name}_leftImg8bit.png', image[..., ::-1])  # cv2 writes BGR
         _write_png(root / f'gtFine/{name}_gtFine_labelIds.png', labels)
         _write_png(root / f'gtFine/{name}_gtFine_labelTrainIds.png', train_ids[labels])
     (root / 'toy_streets.json').write_text(json.dumps(parameters) + '\n')
+
+
+def _write_labelme(root: Path, parameters: dict) -> None:
+    for number, (split, index) in enumerate(_scenes(parameters)):
+        street = _paint([parameters['seed'], int(split == 'val'), index], parameters['size'])
+        name = f'street_{number:06d}'
+        _write_png(root / f'{name}.png', street.develop()[0][..., ::-1])
+        (root / f'{name}.json').write_text(json.dumps(street.labelme(f'{name}.png')))
+    (root / 'toy_streets.json').write_text(json.dumps(parameters) + '\n')
+
+
+def _scenes(parameters: dict) -> Iterable[tuple[str, int]]:
+    scenes = [(split, index) for split in ('train', 'val') for index in range(parameters[split])]
+    return tqdm(scenes, desc='toy streets', unit='scene', disable=None)  # None: no bar in a log file
 
 
 def _write_png(path: Path, pixels: np.ndarray) -> None:

@@ -1,5 +1,6 @@
 """Hooks, samplers, wrappers and constructors for mmengine's training loop."""
 
+from .early_stopping import DurableEarlyStoppingHook
 from .layer_decay import BackboneLayerDecayConstructor, VOLOLayerDecayConstructor
 from .memory import CPUMemoryHook
 from .parallel import CPUDataParallel, ShardedRunner
@@ -12,6 +13,7 @@ __all__ = [
     'BeginSample',
     'CPUDataParallel',
     'CPUMemoryHook',
+    'DurableEarlyStoppingHook',
     'IterationSeedHook',
     'NonFiniteLossHook',
     'OneClassWarningHook',

@@ -3,6 +3,7 @@
 import torch
 from mmengine.device import get_device
 from mmengine.dist import broadcast, get_world_size, is_main_process
+from mmengine.hooks import EMAHook
 from mmengine.model import MMDistributedDataParallel, convert_sync_batchnorm
 from mmengine.optim import OptimWrapper
 from mmengine.registry import MODEL_WRAPPERS, RUNNERS
@@ -89,6 +90,16 @@ class ShardedRunner(Runner):
         register_fsdp_forward_method(model, 'val_step')  # it does not call forward()
         model.register_load_state_dict_pre_hook(_shard_weights)
         return model
+
+    def train(self) -> nn.Module:
+        """Train as mmengine does.
+
+        Raises:
+            UserError: a hook averages the weights.
+        """
+        if any(isinstance(hook, EMAHook) for hook in self.hooks):
+            raise UserError('ShardedRunner cannot average weights, because FSDP2 copies no model; leave out EMAHook')
+        return super().train()
 
     def build_optim_wrapper(self, optim_wrapper: dict | OptimWrapper) -> OptimWrapper:
         """Build as mmengine does; moments are sharded when a checkpoint is loaded."""

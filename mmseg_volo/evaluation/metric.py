@@ -21,6 +21,7 @@ from PIL import Image
 from .._files import whole
 from ..errors import UserError
 from ..visualization import overlay
+from .calibration import count_bins
 from .scores import Example, Totals, areas, iou, mean_scores
 
 DILATION = 0.02  # of the image diagonal: the boundary width of the Boundary IoU paper
@@ -64,7 +65,7 @@ class SegmentationMetric(BaseMetric):
                 values = [scores['mIoU'], scores['aAcc'], scores['mBoundaryIoU'], *iou(pixels)]
                 cells = ['' if np.isnan(value) else f'{value:.4f}' for value in values]
                 writer.writerow([name, pixels[1].sum(), *cells])
-                totals.add(name, confusion, edges)
+                totals.add(name, confusion, edges, _calibration(sample, truth, prediction, void=len(classes)))
                 if pixels.any():
                     draw = partial(_draw, sample['img_path'], truth, prediction, self.dataset_meta['palette'])
                     totals.show(Example(name, scores['mIoU']), draw)
@@ -80,7 +81,7 @@ class SegmentationMetric(BaseMetric):
             raise UserError(f'every pixel of the test set is void ({self.ignore_index}), so no score can be computed')
         self._join_rows(classes)
         self.totals = totals
-        return mean_scores(pixels, totals.edges)
+        return totals.mean_scores()
 
     def _maps(self, sample: dict) -> tuple[np.ndarray, np.ndarray]:
         """Ground truth and prediction, uint8 ``[H, W]``; both equal the number of classes where the truth is void."""
@@ -134,6 +135,14 @@ class CityscapesLabelIds(CityscapesMetric):
         for sample in data_samples:
             sample['pred_sem_seg']['data'] = sample['pred_sem_seg']['data'].long()
         super().process(data_batch, data_samples)
+
+
+def _calibration(sample: dict, truth: np.ndarray, prediction: np.ndarray, void: int) -> np.ndarray | None:
+    """Counts per bin of confidence, or None if the model does not say how sure it is."""
+    if 'confidence' not in sample:
+        return None
+    confidence = sample['confidence']['data'].squeeze(0).cpu().numpy()
+    return count_bins(confidence, truth == prediction, truth != void)
 
 
 def _count(truth: np.ndarray, prediction: np.ndarray, void: int) -> tuple[np.ndarray, np.ndarray]:

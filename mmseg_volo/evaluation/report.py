@@ -18,13 +18,14 @@ from prettytable import PrettyTable
 from .._extras import require
 from .._files import whole
 from ..errors import UserError
-from .scores import Totals, areas, category_iou, class_scores, interval, mean_scores
+from .calibration import reliability
+from .scores import Totals, areas, category_iou, class_scores, interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 IMAGE_SCORES = 'mIoU', 'aAcc', 'mBoundaryIoU'
-PAGES = 'confusion.png', 'per_class.png', 'report.html'
+PAGES = 'confusion.png', 'per_class.png', 'reliability.png', 'report.html'
 NUMBERED = 20  # at most this many classes get numbers in the confusion matrix
 
 
@@ -68,7 +69,7 @@ def summary(totals: Totals, classes: Sequence[str]) -> dict:
     per_class = class_scores(pixels, totals.edges)
     categories = category_iou(totals.confusion, classes)
     return dict(
-        metrics=_numbers(mean_scores(pixels, totals.edges)),
+        metrics=_numbers(totals.mean_scores()),
         intervals={name: [_number(bound) for bound in interval(draws[name])] for name in ('mIoU', 'aAcc')},
         images=totals.images,
         classes=[
@@ -81,6 +82,7 @@ def summary(totals: Totals, classes: Sequence[str]) -> dict:
             for i, name in enumerate(classes)
         ],
         **(dict(categories=_numbers(categories)) if categories else {}),
+        **(dict(reliability=reliability(totals.calibration)) if totals.calibration.any() else {}),
     )
 
 
@@ -115,6 +117,11 @@ def write_results(folder: Path, record: dict, totals: Totals, palette: Sequence,
     confusion = _confusion_picture(totals.confusion, [row['name'] for row in record['classes']])
     write_whole(folder / 'confusion.png', confusion)
     write_whole(folder / 'per_class.png', _class_picture(record['classes']))
+    diagram = None
+    (folder / 'reliability.png').unlink(missing_ok=True)
+    if 'reliability' in record:
+        diagram = _reliability_picture(record['reliability'])
+        write_whole(folder / 'reliability.png', diagram)
 
     pages = jinja2.Environment(
         loader=jinja2.PackageLoader('mmseg_volo', 'evaluation'),
@@ -127,6 +134,7 @@ def write_results(folder: Path, record: dict, totals: Totals, palette: Sequence,
         record=record,
         palette=palette,
         confusion=confusion,
+        diagram=diagram,
         differences=differences,
         other=other,
         examples=dict(Worst=totals.worst, Best=totals.best),
@@ -234,6 +242,39 @@ def _class_picture(rows: Sequence[dict]) -> bytes:
     axes.margins(y=0.01)
     axes.set_xlim(0, 100)
     axes.set_xlabel('IoU in percent, with 95 % interval')
+    return _png(figure)
+
+
+def _reliability_picture(bins: Sequence[dict]) -> bytes:
+    """PNG of the accuracy in each bin of confidence, with the distance to the mean confidence, and the bin's pixels."""
+    known = [row for row in bins if row['pixels']]
+    centres = [(row['low'] + row['high']) / 2 for row in known]
+    accuracy, confidence, pixels = (
+        np.array([row[key] for row in known]) for key in ('accuracy', 'confidence', 'pixels')
+    )
+    width = bins[0]['high'] - bins[0]['low']
+    figure = _figure(5, 6)
+    above, below = figure.subplots(2, height_ratios=(3, 1), sharex=True)
+    above.bar(centres, accuracy, width, edgecolor='white', label='accuracy')
+    above.bar(
+        centres,
+        confidence - accuracy,
+        width,
+        bottom=accuracy,
+        color='none',
+        edgecolor='tab:red',
+        hatch='//',
+        label='distance to the mean confidence',
+    )
+    above.plot([0, 100], [0, 100], color='grey', linestyle='--', label='perfect calibration')
+    above.set_xlim(0, 100)
+    above.set_ylim(0, 100)
+    above.set_ylabel('correct pixels in percent')
+    above.legend(loc='upper left', fontsize=8)
+    below.bar(centres, 100 * pixels / pixels.sum(), width, color='grey', edgecolor='white')
+    below.set_ylim(0, 100)
+    below.set_ylabel('pixels in percent')
+    below.set_xlabel('confidence in percent')
     return _png(figure)
 
 

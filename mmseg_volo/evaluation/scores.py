@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .calibration import BINS, expected_calibration_error
+
 REPLICATES = 1000
 KEPT = 4  # best and worst images in the report
 CITYSCAPES_CATEGORIES = {
@@ -35,6 +37,7 @@ class Totals:
     confusion: np.ndarray  # [n, n], ground truth by prediction
     edges: np.ndarray  # boundary areas
     replicates: np.ndarray  # [1000, 3, n], areas of bootstrap replicates
+    calibration: np.ndarray = field(default_factory=lambda: np.zeros((3, BINS), np.int64))
     images: int = 0
     worst: list[Example] = field(default_factory=list)
     best: list[Example] = field(default_factory=list)
@@ -46,8 +49,8 @@ class Totals:
         edges = np.zeros((3, num_classes), np.int64)
         return cls(confusion, edges, np.zeros((REPLICATES, 3, num_classes), np.int64))
 
-    def add(self, name: str, confusion: np.ndarray, edges: np.ndarray) -> None:
-        """Count one image.
+    def add(self, name: str, confusion: np.ndarray, edges: np.ndarray, calibration: np.ndarray | None = None) -> None:
+        """Count one image; ``calibration`` is what ``count_bins`` returns.
 
         Poisson bootstrap (https://research.google/pubs/pub43157): each replicate holds the image Poisson(1) times, so
         one pass is enough. The image's name seeds these numbers: results do not depend on the order or the number of
@@ -58,6 +61,7 @@ class Totals:
         self.confusion += confusion
         self.edges += edges
         self.replicates += times[:, None, None] * areas(confusion)
+        self.calibration += 0 if calibration is None else calibration
         self.images += 1
 
     def show(self, example: Example, draw: Callable[[], list[bytes]]) -> None:
@@ -71,12 +75,20 @@ class Totals:
         self.confusion += other.confusion
         self.edges += other.edges
         self.replicates += other.replicates
+        self.calibration += other.calibration
         self.images += other.images
         self._keep(other.worst, other.best)
 
     def _keep(self, worst: list[Example], best: list[Example]) -> None:
         self.worst = sorted(self.worst + worst, key=lambda example: (example.miou, example.name))[:KEPT]
         self.best = sorted(self.best + best, key=lambda example: (-example.miou, example.name))[:KEPT]
+
+    def mean_scores(self) -> dict[str, float]:
+        """Scores over all images and classes in percent, with ECE if there were probabilities."""
+        scores = mean_scores(areas(self.confusion), self.edges)
+        if self.calibration.any():
+            scores['ECE'] = expected_calibration_error(self.calibration)
+        return scores
 
     def bootstrap_scores(self) -> dict[str, np.ndarray]:
         """Scores of each bootstrap replicate: mIoU and aAcc ``[1000]``, IoU ``[1000, n]``."""

@@ -18,8 +18,9 @@ from .._extras import require
 from .._files import IMAGE_SUFFIXES, file_sha256, find_files
 from ..apis.inference import RESULTS
 from ..apis.predictor import Predictor
+from ..apis.sources import Model, load_model, try_out
 from ..checkpoints.download import local_copy
-from ..config import load_config, make_writable
+from ..config import data_sets, make_writable
 from ..errors import UserError
 from .album import Album
 from .labels import LabelFiles, LabelFormat, labels_in, true_labels
@@ -29,7 +30,7 @@ PORTS = 20  # to try, if the first is in use
 
 def look(
     config: str,
-    checkpoint: str,
+    checkpoint: str | None,
     folder: str,
     labels: str | None = None,
     port: int = 8000,
@@ -43,6 +44,8 @@ def look(
     """Serve a page that shows the pictures of a folder with their labels, until Ctrl-C.
 
     Args:
+        config: a config's path or name; ``hf://owner/name``; or a folder that ``mmseg-volo push`` wrote.
+        checkpoint: the weights; None takes those of ``config``, if it has any.
         folder: pictures, also in subfolders.
         labels: folder of true labels; by default those that the config's data sets have for these pictures.
         port: on 127.0.0.1; if it is in use, the next free one is taken.
@@ -73,12 +76,12 @@ def look(
         with suppress(KeyboardInterrupt):  # which uvicorn raises again once it has ended
             Server(make_app(album, files, Path(folder).resolve().name, token), album).run([listener])
     where = 'over the true ones' if overwrite else f'in {Path(out_dir) / "labels"}'
-    print(f'corrected labels of {sum(place.is_file() for place in files.places)} pictures are {where}')
+    print(f'labels of {len(files.saved)} pictures were saved {where}')
 
 
 def open_album(
     config: str,
-    checkpoint: str,
+    checkpoint: str | None,
     folder: str,
     labels: str | None,
     out_dir: str,
@@ -90,19 +93,26 @@ def open_album(
     """Pictures and labels for ``look``, which describes the arguments."""
     if not os.path.isdir(folder):
         raise UserError(f'{folder} is not a folder of pictures')
-    cfg = load_config(config, cfg_options or {})
+    model = load_model(config, checkpoint, cfg_options or {})
     out = make_writable(out_dir)
     written = [str(out / name) for name in ('labels', *RESULTS.values())]
     paths = find_files([folder], {'image': IMAGE_SUFFIXES}, written)
     names = [Path(os.path.relpath(path, folder)).as_posix() for path in paths]
-    predictor = Predictor(cfg, checkpoint, resolve_device(device), False, amp)
-    form = LabelFormat(cfg, predictor.palette)
+    predictor = Predictor(model.config, model.checkpoint, resolve_device(device), False, amp)
+    if model.is_foreign:
+        try_out(predictor.model, config)
+    form = LabelFormat(model.config, predictor.palette)
     stored = form.names(names)
-    truth = labels_in(Path(labels), stored) if labels else true_labels(cfg, paths)
+    truth = labels_in(Path(labels), stored) if labels else {} if model.is_foreign else true_labels(model.config, paths)
     files = LabelFiles(form, truth, [out / 'labels' / name for name in stored], overwrite)
-    digest = file_sha256(Path(local_copy(checkpoint)).expanduser())
-    model = hashlib.sha256(repr((cfg.pretty_text, digest, amp)).encode()).hexdigest()
-    return Album(predictor, dict(zip(names, paths, strict=True)), out / 'confidence.json', model), files
+    return Album(predictor, dict(zip(names, paths, strict=True)), out / 'confidence.json', _digest(model, amp)), files
+
+
+def _digest(model: Model, amp: bool) -> str:
+    """Digest of everything that determines the labels and their confidence."""
+    weights = file_sha256(Path(local_copy(model.checkpoint)).expanduser())
+    pipeline = data_sets(model.config.test_dataloader.dataset)[0].pipeline
+    return hashlib.sha256(repr((model.config.model, pipeline, weights, amp)).encode()).hexdigest()
 
 
 def listen(port: int) -> socket.socket:

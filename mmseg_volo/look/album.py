@@ -22,6 +22,7 @@ from PIL import Image
 from .._files import whole
 from ..apis.inference import decode
 from ..apis.predictor import Picture, Predictor, Undecodable
+from ..models.confidence import CERTAIN
 
 CACHED = 2**28  # bytes of compressed results in memory
 WAITING = 8  # requests that may wait for the model
@@ -85,7 +86,7 @@ class Album:
         self._ending = threading.Event()
         self._dropped = TemporaryDirectory(prefix='mmseg-volo-look-')
         self._worker = threading.Thread(target=self._work, name='model')
-        predictor.model.backbone.register_forward_pre_hook(self._stop_model)
+        self._hook = predictor.model.backbone.register_forward_pre_hook(self._stop_model)
         self._recall()
 
     def start(self) -> None:
@@ -102,6 +103,7 @@ class Album:
         """Wait until the model has stopped, and forget dropped pictures."""
         self.end()
         self._worker.join()
+        self._hook.remove()
         self._dropped.cleanup()
 
     def result(self, number: int) -> Result:
@@ -132,14 +134,14 @@ class Album:
             return cv2.imencode('.jpg', part, [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tobytes()
 
     def drop(self, content: bytes, name: str) -> int:
-        """Add a picture that is not in the folder and replaces the oldest such one; return its number."""
+        """Add a picture that is not in the folder, and forget the oldest if there are many; return its number."""
         with self._asking:
-            number = max(self.entries) + 1
+            number = len(self.entries)
             path = Path(self._dropped.name, str(number))
             path.write_bytes(content)
             self.entries[number] = Entry(str(path), name)
             if number >= self.count + DROPPED:
-                Path(self.entries.pop(number - DROPPED).path).unlink()
+                path.with_name(str(number - DROPPED)).unlink()
         return number
 
     def _work(self) -> None:
@@ -183,8 +185,7 @@ class Album:
         [picture] = self.predictor.predict([Picture(entry.name, '', self._decode(number, entry))], confidence=True)
         if picture.problem:
             raise picture.problem
-        certain = np.iinfo(picture.confidence.dtype).max
-        confidence = cv2.convertScaleAbs(picture.confidence, alpha=255 / certain)
+        confidence = cv2.convertScaleAbs(picture.confidence, alpha=255 / CERTAIN)
         entry.confidence, entry.size = float(confidence.mean() / 255), picture.label.shape
         result = Result(picture.label.shape, *(zlib.compress(plane, 1) for plane in (picture.label, confidence)))
         self._results[number] = result
@@ -195,13 +196,17 @@ class Album:
     def _decode(self, number: int, entry: Entry) -> np.ndarray:
         try:
             with Image.open(entry.path) as picture:
-                width, height = picture.size
+                pixels = picture.width * picture.height
+        except Image.DecompressionBombError:
+            pixels = MOST_PIXELS + 1
         except Exception:  # decoders raise various types
             if number >= self.count:  # dropped: what Pillow does not know is not given to another decoder
+                if not os.path.exists(entry.path):
+                    raise Undecodable(f'{entry.name} is forgotten: {DROPPED} pictures were dropped after it') from None
                 raise Undecodable(f'{entry.name} cannot be decoded as an image') from None
-            width = height = 0
-        if width * height > MOST_PIXELS:
-            raise Undecodable(f'{entry.name} has {width} x {height} pixels; at most {MOST_PIXELS:,} are shown')
+            pixels = 0
+        if pixels > MOST_PIXELS:
+            raise Undecodable(f'{entry.name} has more than {MOST_PIXELS:,} pixels')
         try:
             return decode(entry.path)
         except Undecodable as error:

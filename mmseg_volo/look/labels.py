@@ -61,8 +61,10 @@ class LabelFormat:
     def names(self, pictures: Sequence[str]) -> list[str]:
         """Files of the labels of pictures, named as the data set does if it knows the pictures' suffix."""
         names = [self._name(picture) for picture in pictures]
+        whole_names = [f'{picture}.png' for picture in pictures]
         count = Counter(names)
-        return [n if count[n] == 1 else f'{p}.png' for p, n in zip(pictures, names, strict=True)]
+        chosen = [name if count[name] == 1 else other for name, other in zip(names, whole_names, strict=True)]
+        return chosen if len(set(chosen)) == len(chosen) else whole_names
 
     def read(self, path: Path, size: tuple[int, int]) -> np.ndarray:
         """Ids, uint8 ``[H, W]``, of a picture of ``size`` (H, W); raises ``LabelError``."""
@@ -70,8 +72,9 @@ class LabelFormat:
             ids = self._load(self._info(path))['gt_seg_map']
         except Exception:  # decoders raise various types
             raise LabelError('these labels cannot be read', str(path)) from None
-        if ids.shape != size:
+        if ids.shape != tuple(side for side in size if side > 1):  # mmseg's loader drops the other sides
             raise LabelError('these labels differ in size from the picture', str(path))
+        ids = ids.reshape(size)
         if problem := self.why_not(ids):
             raise LabelError(f'these labels do not fit the model: {problem}', str(path))
         return ids
@@ -140,6 +143,7 @@ class LabelFiles:
 
     def __init__(self, form: LabelFormat, truth: Mapping[int, Path], places: Sequence[Path], overwrite: bool):
         self.form, self.truth = form, truth
+        self.saved: set[int] = set()  # numbers, in this run
         self.places = [truth.get(i, place) if overwrite else place for i, place in enumerate(places)]
         self._lock = threading.Lock()  # one file at a time, so that a version and its content belong together
         if overwrite and not truth:
@@ -173,6 +177,7 @@ class LabelFiles:
             if expected not in ('*', _version(path)):
                 return None
             self.form.write(path, ids)
+            self.saved.add(number)
             return _version(path)
 
 

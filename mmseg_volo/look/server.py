@@ -1,5 +1,6 @@
 """The page and its data over HTTP: for the person who started the command, and for nobody else."""
 
+import json
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -33,6 +34,13 @@ HEADERS = {
     'X-Content-Type-Options': 'nosniff',
     'Cache-Control': 'no-store',
 }
+
+
+class AsciiJSON(JSONResponse):
+    """JSON that can hold the names of all files: those that are not valid text have no UTF-8."""
+
+    def render(self, content: object) -> bytes:
+        return json.dumps(content, separators=(',', ':')).encode()
 
 
 class OwnPageOnly:
@@ -98,7 +106,10 @@ def make_app(album: Album, files: LabelFiles, title: str, token: str) -> FastAPI
     @api.post('/pictures')
     async def drop(request: Request, x_name: Annotated[str, Header()] = 'picture') -> dict:
         content = await _body(request, MOST_BYTES)
-        return dict(number=await run_in_threadpool(album.drop, content, unquote(x_name)[:200]))
+        try:
+            return dict(number=await run_in_threadpool(album.drop, content, unquote(x_name)[:200]))
+        except OSError as error:
+            raise HTTPException(507, f'the picture could not be stored ({error.strerror})') from None
 
     @api.get('/pictures/{number}')
     def describe(number: Number) -> dict:
@@ -155,7 +166,8 @@ def make_app(album: Album, files: LabelFiles, title: str, token: str) -> FastAPI
         yield
         await run_in_threadpool(album.close)
 
-    app = FastAPI(lifespan=running, docs_url=None, redoc_url=None, openapi_url=None)
+    off = dict(docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(lifespan=running, default_response_class=AsciiJSON, **off)
     app.include_router(api)
     app.mount('/', StaticFiles(directory=Path(__file__).parent / 'page', html=True))
     app.add_middleware(OwnPageOnly)
@@ -165,7 +177,7 @@ def make_app(album: Album, files: LabelFiles, title: str, token: str) -> FastAPI
         (Busy, 503, lambda _: 'the model is busy; try again'),
         (ClientDisconnect, 400, lambda _: 'the request ended early'),
     ):
-        app.exception_handler(kind)(lambda _, error, s=status, w=sentence: JSONResponse(dict(detail=w(error)), s))
+        app.exception_handler(kind)(lambda _, error, s=status, w=sentence: AsciiJSON(dict(detail=w(error)), s))
     return app
 
 
@@ -186,5 +198,6 @@ async def _body(request: Request, most: int) -> bytes:
     async for chunk in request.stream():
         body += chunk
         if len(body) > most:
-            raise HTTPException(413, f'the request holds more than {most} bytes')
+            ended = {'Connection': 'close'}  # or the rest would be read, too
+            raise HTTPException(413, f'the request holds more than {most} bytes', ended)
     return bytes(body)

@@ -12,8 +12,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from ..checkpoints.hub import is_model, model_config
+from ..checkpoints.plain_config import backbone_arguments
+from ..checkpoints.reading import read_checkpoint
+from ..checkpoints.state_dict import backbone_tensors
 from ..errors import UserError
-from .pretrained import PretrainedFormat, load_pretrained, pretrained_checkpoint
+from .pretrained import PretrainedFormat, fitted, load_pretrained, load_tensors, pretrained_checkpoint
 
 MAX_CACHED_GRIDS = 8  # multi-scale testing uses 5 or 6 scales; on ADE20K, sizes of whole images rarely repeat
 
@@ -77,6 +81,48 @@ class Backbone(BaseModule):
         self.out_channels = [channels[i] for i in out_indices]
         self.out_strides = [strides[i] for i in out_indices]
         self.frozen_stages, self.norm_eval, self.with_cp = frozen_stages, norm_eval, with_cp
+
+    @classmethod
+    def from_pretrained(cls, source: str, **arguments) -> 'Backbone':
+        """Build the backbone that ``source`` contains and load its weights strictly; what was loaded is logged.
+
+        Args:
+            source: ``hf://owner/name``, which may end in ``@revision``; a folder that ``mmseg-volo push`` wrote;
+                ``timm://name``; an http(s) URL; or a path.
+            arguments: those of the constructor. They replace what the source tells: all arguments if it has the
+                ``config.json`` of ``mmseg-volo push``, else ``arch``, ``img_size`` and ``in_channels``.
+
+        Returns:
+            The backbone in eval mode.
+
+        Raises:
+            UserError: the weights are unreadable or unsafe, do not fit, or do not tell the architecture.
+        """
+        content, weights = model_config(source) if is_model(source) else (None, source)
+        state = backbone_tensors(read_checkpoint(weights), source)
+        told = backbone_arguments(content) if content else cls.told_by(state)
+        kind = told.pop('type', f'mmseg_volo.{cls.__name__}')
+        if kind != f'mmseg_volo.{cls.__name__}':
+            raise UserError(f'{source} does not contain a {cls.__name__}, but a {kind}')
+        arguments = told | arguments
+        if arguments.get('arch') is None:
+            raise UserError(f'{source} does not tell its architecture; if it is a {cls.__name__}, name it with arch')
+        try:
+            with torch.device('meta'):  # nothing is allocated before every tensor fits
+                model = cls(**arguments)
+        except UserError:
+            raise
+        except Exception as error:  # the arguments are as good as their source
+            raise UserError(f'{source} describes no {cls.__name__}: {type(error).__name__}: {error}') from None
+        fitted(model, state, source, model.pretrained)
+        model = cls(**arguments)
+        load_tensors(model, state, source, model.pretrained)
+        return model.eval()
+
+    @classmethod
+    def told_by(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Arguments that the tensors of a checkpoint tell, such as ``arch``, which is None if it is unknown."""
+        raise NotImplementedError
 
     def parts_of_stage(self, n: int) -> list[nn.Module | nn.Parameter]:
         """What ``frozen_stages=n`` freezes beyond ``n - 1``; stage 0 is the stem, and unbuilt stages have no parts."""
@@ -169,6 +215,11 @@ def sides(img_size: int | Sequence[int]) -> tuple[int, int]:
     if not are_positive(both, 2):
         raise UserError(f'img_size must be a side or (height, width) in pixels, got {img_size!r}')
     return both[0], both[1]
+
+
+def channels_told_by(stem: Tensor | None) -> dict[str, int]:
+    """``in_channels`` by the weight of the first convolution, if it is one."""
+    return dict(in_channels=stem.shape[1]) if stem is not None and stem.dim() == 4 else {}
 
 
 def drop_path_rates(last: float, blocks: int) -> list[float]:

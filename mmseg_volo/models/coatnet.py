@@ -21,7 +21,7 @@ from ..errors import UserError
 from ..ops.biased_attention import biased_attention, biased_attention_reference
 from ..ops.recompute import norm_linear, norm_mlp
 from ..ops.relative_table import resize_bilinear, resize_geometric, table_grid
-from .backbone import Backbone, ResizedPerGrid, add, are_positive, ceil_div, drop_path_rates, sides
+from .backbone import Backbone, ResizedPerGrid, add, are_positive, ceil_div, channels_told_by, drop_path_rates, sides
 from .pretrained import PretrainedFormat
 
 # What an arch dict may set beside the sizes, and the values in timm's coatnet_0 to coatnet_5.
@@ -357,6 +357,15 @@ class CoAtNet(Backbone):
                 y = getattr(self, f'norm{i}')(x)
                 outputs.append(y[:, :, : ceil_div(H, STRIDES[i]), : ceil_div(W, STRIDES[i])])
         return tuple(outputs)
+
+    @classmethod
+    def told_by(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """``arch``, ``in_channels`` and, with tables of relative biases, ``img_size`` of a checkpoint."""
+        state = {key: tensor for key, tensor in state.items() if not PRETRAINED.classifier.fullmatch(key)}
+        tables = (tensor for key, tensor in state.items() if re.fullmatch(r'stages\.2\..+_table', key))
+        grid = next(map(table_grid, tables), None)
+        size = dict(img_size=(16 * grid[0], 16 * grid[1])) if grid else {}
+        return dict(arch=_recognise(state), **size, **channels_told_by(state.get(PRETRAINED.stem)))
 
     def parts_of_stage(self, n: int) -> list[nn.Module | nn.Parameter]:
         """Parts that ``frozen_stages`` freezes: the stem, then the stages."""

@@ -15,8 +15,17 @@ from timm.layers import PatchEmbed, trunc_normal_
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .backbone import Backbone, ResizedPerGrid, are_positive, ceil_div, drop_path_rates, init_linear, sides
-from .pretrained import PretrainedFormat
+from .backbone import (
+    Backbone,
+    ResizedPerGrid,
+    are_positive,
+    ceil_div,
+    channels_told_by,
+    drop_path_rates,
+    init_linear,
+    sides,
+)
+from .pretrained import PretrainedFormat, grid_of_map
 from .volo import Transformer, resize_pos_embed
 
 # Architecture settings. Each stage gives one map; strides count patches, and tokens are pooled where strides double.
@@ -145,6 +154,20 @@ class HVT(Backbone):
                 x = F.max_pool2d(x.permute(0, 3, 1, 2), *window).permute(0, 2, 3, 1)
                 x = x + self._pos_embed(block, grid, (x.shape[1], x.shape[2]))
         return tuple(outputs)
+
+    @classmethod
+    def told_by(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """``arch``, ``pooling``, ``patch_size``, ``img_size`` and ``in_channels`` of a checkpoint."""
+        form = _pretrained_format((), (), '2d')
+        arch, _, pooling = (form.recognise(state) or '').partition(', pooling=')
+        patches, grid = state.get(form.stem), grid_of_map(state['pos_embed']) if arch else None
+        told: dict[str, Any] = dict(arch=arch or None, **channels_told_by(patches))
+        if pooling:
+            return told | dict(pooling=pooling)
+        if grid is not None and told.get('in_channels') and patches is not None:
+            patch = patches.shape[-1]
+            told |= dict(patch_size=patch, img_size=(patch * grid[0], patch * grid[1]))
+        return told
 
     def parts_of_stage(self, n: int) -> list[nn.Module | nn.Parameter]:
         """Parts that ``frozen_stages`` freezes: the layers of the stage; the stem is stage 0."""

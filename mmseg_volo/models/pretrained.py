@@ -12,7 +12,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from ..checkpoints.reading import read_checkpoint
-from ..checkpoints.state_dict import backbone_tensors, state_tensors
+from ..checkpoints.state_dict import backbone_tensors, not_finite, state_tensors
 from ..checkpoints.wording import some
 from ..errors import UserError
 
@@ -75,20 +75,32 @@ def load_pretrained(model: Any, source: str, form: PretrainedFormat) -> None:
         form: description of the checkpoints of this architecture.
 
     Raises:
-        UserError: the checkpoint is unreadable or unsafe, or a tensor is missing, unexpected or of another shape.
+        UserError: the checkpoint is unreadable or unsafe, or a tensor is missing, unexpected, of another shape or not
+            finite.
     """
-    state = backbone_tensors(read_checkpoint(source), source)
+    load_tensors(model, backbone_tensors(read_checkpoint(source), source), source, form)
+
+
+def load_tensors(model: Any, state: Mapping[str, Tensor], source: str, form: PretrainedFormat) -> None:
+    """Load the tensors ``state``, which were read from ``source``; see ``load_pretrained``."""
+    state, changes = fitted(model, state, source, form)
+    model.load_state_dict(state, strict=False)
+    MMLogger.get_current_instance().info(
+        f'{form.name} {model.arch}: {len(state)} of {len(model.state_dict())} tensors loaded from {source}'
+        + ''.join(f'; {change}' for change in changes)
+    )
+
+
+def fitted(
+    model: Any, state: Mapping[str, Tensor], source: str, form: PretrainedFormat
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Fit tensors to a backbone, which may be on the meta device, and say what changed; see ``load_pretrained``."""
     own = model.state_dict()
     whole = {key: tensor for key, tensor in state.items() if not form.classifier.fullmatch(key)}
     kept = {key: tensor for key, tensor in whole.items() if not form.unbuilt(key, model.out_indices[-1])}
     dropped, state = len(state) - len(kept), kept
 
-    changes = _resize(state, own, form)
-    stem = state.get(form.stem)
-    if stem is not None and stem.dim() == 4 and stem.shape[1] == 3 != own[form.stem].shape[1]:
-        state[form.stem] = adapt_input_conv(own[form.stem].shape[1], stem)
-        changes.append(f'stem adapted from 3 to {own[form.stem].shape[1]} channels')
-
+    changes = adapt(state, own, form)
     new = {key for key in own if form.new.fullmatch(key)}
     if not new.isdisjoint(state):
         new = set()
@@ -97,20 +109,29 @@ def load_pretrained(model: Any, source: str, form: PretrainedFormat) -> None:
         variant = form.recognise(whole)
         whose = f', it is {form.name} arch={variant!r}' if variant not in (None, model.arch) else ''
         raise UserError(f'{source} does not fit {form.name} arch={model.arch!r}{whose}: ' + '; '.join(problems))
-
-    model.load_state_dict(state, strict=False)
+    _refuse_not_finite(state, source)
     if dropped:
         changes.append(f'{dropped} tensors of the classifier or of unused stages dropped')
     if new:
         changes.append(f'{len(new)} tensors of the output norms are new')
-    MMLogger.get_current_instance().info(
-        f'{form.name} {model.arch}: {len(state)} of {len(own)} tensors loaded from {source}'
-        + ''.join(f'; {change}' for change in changes)
-    )
+    return state, changes
+
+
+def adapt(state: dict[str, Tensor], own: Mapping[str, Tensor], form: PretrainedFormat) -> list[str]:
+    """Fit what depends on the grid and on the image's channels in ``state`` to the state dict of a backbone, ``own``.
+
+    Returns:
+        What changed, in words.
+    """
+    changes = _resize(state, own, form)
+    stem, channels = state.get(form.stem), own[form.stem].shape[1]
+    if stem is not None and stem.dim() == 4 and stem.shape[1] == 3 != channels:
+        state[form.stem] = adapt_input_conv(channels, stem)
+        changes.append(f'stem adapted from 3 to {channels} channels')
+    return changes
 
 
 def _resize(state: dict[str, Tensor], own: Mapping[str, Tensor], form: PretrainedFormat) -> list[str]:
-    """Fit the tensors of ``state`` that depend on the grid to the backbone's, and say what changed."""
     found: Counter[tuple] = Counter()
     for key in state.keys() & own.keys():
         name = key.split('.')[-1]
@@ -129,16 +150,23 @@ def load_segmentor(model: nn.Module, source: str) -> dict:
     """Load a whole segmentor's checkpoint and return its ``meta`` (classes, palette, config).
 
     Raises:
-        UserError: the checkpoint is unreadable or unsafe, or a tensor is missing, unexpected or of another shape.
+        UserError: the checkpoint is unreadable or unsafe, or a tensor is missing, unexpected, of another shape or not
+            finite.
     """
     contents = read_checkpoint(source)
-    state = state_tensors(contents['state_dict'] if isinstance(contents.get('state_dict'), Mapping) else contents)
+    state = state_tensors(contents)
     own = model.state_dict()
     problems = differences(own, state)
     if problems:
         raise UserError(f'{source} does not fit the model of this config: ' + '; '.join(problems))
+    _refuse_not_finite(state, source)
     model.load_state_dict(state)
     return contents.get('meta', {})
+
+
+def _refuse_not_finite(state: Mapping[str, Tensor], source: str) -> None:
+    if names := not_finite(state):
+        raise UserError(f'{source} is refused: {len(names)} of its tensors contain NaN or infinity ({some(names)})')
 
 
 def differences(own: Mapping, state: Mapping, allowed_missing: frozenset[str] | set[str] = frozenset()) -> list[str]:

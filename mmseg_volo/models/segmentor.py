@@ -1,6 +1,6 @@
 """Segmentors that test images of any size in memory that does not grow with their area."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .backbone import are_positive
+from .confidence import labels_and_confidence, most_probable
 
 ROWS = 64  # rows of the label map that are computed at a time
 WINDOWS_ON_A_GPU, WINDOWS_ON_A_CPU = 8, 1  # per batch; one window keeps a CPU busy
@@ -33,6 +34,7 @@ class SlidingSegmentor(EncoderDecoder):
     - ``weighting``: weights for averaging overlapping windows: ``'uniform'`` as in mmseg, or ``'hann'``, which prefers
       the middle of a window to its border and leaves no seams.
     - ``logits``: also return ``seg_logits``, float32 ``[classes, H, W]``, with each prediction.
+    - ``confidence``: also return ``confidence``, the probability of each label in 1/65535, uint16 ``[1, H, W]``.
     """
 
     def __init__(self, *args, test_cfg: dict, data_preprocessor: dict, **kwargs):
@@ -55,14 +57,15 @@ class SlidingSegmentor(EncoderDecoder):
     def test_step(self, data: dict) -> list[SegDataSample]:
         """Predict the labels of images packed by the data pipeline."""
         samples = data['data_samples']
+        logits, confidence = (self.test_cfg.get(key, False) for key in ('logits', 'confidence'))
         for image, sample in zip(data['inputs'], samples, strict=True):
-            result = self.segment(image, sample.ori_shape, self.test_cfg.get('logits', False))
-            if sample.metainfo.get('flip'):
-                result = result.flip(-1 if sample.flip_direction == 'horizontal' else -2)
-            if result.dim() == 3:
-                sample.set_data(dict(seg_logits=PixelData(data=result)))
-                result = self._labels(result)
-            sample.set_data(dict(pred_sem_seg=PixelData(data=result[None])))
+            size = sample.ori_shape
+            [result] = self.segment_all([image], size, logits, confidence)
+            if logits:
+                sample.set_data(dict(seg_logits=PixelData(data=_turned_back(result, sample))))
+                result = label_map(self, result.split(ROWS, 1), size, confidence)
+            maps = zip(('pred_sem_seg', 'confidence'), result if confidence else [result], strict=False)
+            sample.set_data({key: PixelData(data=_turned_back(values, sample)[None]) for key, values in maps})
         return samples
 
     val_step = test_step
@@ -82,10 +85,11 @@ class SlidingSegmentor(EncoderDecoder):
     @torch.no_grad()
     def segment_all(
         self, images: Sequence[Tensor], size: tuple[int, int], logits: bool = False, confidence: bool = False
-    ) -> Iterator[Tensor]:
+    ) -> Iterator[Any]:
         """Yield the results of ``segment`` for images of one size, whose windows share batches.
 
-        With ``confidence`` a result is uint8 ``[2, H, W]``: the labels, and the probability of each in 255ths.
+        Without ``logits``, ``confidence`` yields pairs of the labels and their probabilities in 1/65535, uint16
+        ``[H, W]``.
         """
         height, width = images[0].shape[-2:]
         crop, places = self._places(height, width)
@@ -97,7 +101,7 @@ class SlidingSegmentor(EncoderDecoder):
             if logits:
                 yield torch.cat([row.float().cpu() for row in rows], dim=1)
             else:
-                yield self._joined_labels(rows, size, confidence)
+                yield label_map(self, rows, size, confidence)
 
     def images_per_batch(self, height: int, width: int) -> int:
         """Number of images of this size whose windows fill a batch."""
@@ -110,22 +114,6 @@ class SlidingSegmentor(EncoderDecoder):
         crop = [min(side, length) for side, length in zip(self.test_cfg.crop_size, (height, width), strict=True)]
         tops, lefts = (_starts(*args) for args in zip((height, width), crop, self.test_cfg.stride, strict=True))
         return crop, [(y, x) for y in tops for x in lefts]
-
-    def _joined_labels(self, rows: Iterator[Tensor], size: tuple[int, int], confidence: bool) -> Tensor:
-        joined = torch.empty((1 + confidence, *size), dtype=torch.uint8 if self.out_channels <= 256 else torch.int64)
-        top = 0
-        for row in rows:
-            joined[0, top : top + row.shape[1]] = self._labels(row)
-            if confidence:
-                joined[1, top : top + row.shape[1]] = probability_of_label(self, row)
-            top += row.shape[1]
-        return joined if confidence else joined[0]
-
-    def _labels(self, logits: Tensor) -> Tensor:
-        if self.out_channels == 1:
-            return (logits[0].sigmoid() > last_head(self).threshold).byte()
-        labels = best_class(logits)
-        return labels.byte() if self.out_channels <= 256 else labels
 
     def _logits(self, images: list[Tensor]) -> Tensor:
         inputs = self.data_preprocessor(dict(inputs=images))['inputs']
@@ -197,20 +185,29 @@ class SlidingCascadeSegmentor(SlidingSegmentor, CascadeEncoderDecoder):
     """mmseg's ``CascadeEncoderDecoder`` (OCRNet, for example), tested as ``SlidingSegmentor`` is."""
 
 
+def label_map(model: EncoderDecoder, rows: Iterable[Tensor], size: tuple[int, int], confidence: bool = False) -> Any:
+    """Labels ``[H, W]`` on the CPU, uint8 for up to 256 classes, and if wanted their probabilities in 1/65535, uint16.
+
+    Args:
+        rows: logits of ``model`` from top to bottom, ``[classes, n, W]`` each.
+    """
+    labels = torch.empty(size, dtype=torch.uint8 if model.out_channels <= 256 else torch.int64)
+    sure = torch.empty(size if confidence else 0, dtype=torch.uint16)
+    threshold = last_head(model).threshold if model.out_channels == 1 else None
+    top = 0
+    for row in rows:
+        part = slice(top, top + row.shape[1])
+        if confidence:
+            labels[part], sure[part] = labels_and_confidence(row, threshold)
+        else:
+            labels[part] = best_class(row) if threshold is None else row[0].sigmoid() > threshold
+        top = part.stop
+    return (labels, sure) if confidence else labels
+
+
 def best_class(logits: Tensor) -> Tensor:
     """Index of the largest of ``logits`` ``[classes, H, W]`` per pixel, int64 ``[H, W]``; the first of equal ones."""
     return logits.max(0).indices  # on a CPU argmax(0) takes ten times as long (torch 2.11)
-
-
-def probability_of_label(model: Any, logits: Tensor) -> Tensor:
-    """Probability of each pixel's label in 255ths, uint8 ``[H, W]``, from a segmentor's logits ``[classes, H, W]``."""
-    logits = logits.float()
-    if model.out_channels == 1:
-        first = logits[0].sigmoid()
-        best = torch.where(first > last_head(model).threshold, first, 1 - first)
-    else:
-        best = (logits.max(0).values - logits.logsumexp(0)).exp()
-    return (best * 255).round().byte()
 
 
 def compile_backbone(model: Any) -> None:
@@ -228,11 +225,38 @@ def last_head(model: EncoderDecoder) -> Any:
 
 @MODELS.register_module()
 class SlidingTTAModel(SegTTAModel):
-    """mmseg's average over scales and flips, which needs logits."""
+    """mmseg's average over scales and flips, some rows at a time; it also returns ``confidence``."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.module.test_cfg.logits = True
+
+    def merge_preds(self, data_samples_list: list[list[SegDataSample]]) -> list[SegDataSample]:
+        """Average the probabilities of each image, which has one sample per scale and flip."""
+        return [self._merged(samples) for samples in data_samples_list]
+
+    def _merged(self, samples: list[SegDataSample]) -> SegDataSample:
+        binary = self.module.out_channels == 1
+        logits = [sample.seg_logits.data for sample in samples]
+        labels = torch.empty(1, *logits[0].shape[1:], dtype=torch.int64)
+        confidence = torch.empty(labels.shape, dtype=torch.uint16)
+        for top in range(0, labels.shape[1], ROWS):
+            rows = slice(top, top + ROWS)
+            prob = sum(part[:, rows].sigmoid() if binary else part[:, rows].softmax(0) for part in logits)
+            prob = prob / len(logits)
+            labels[:, rows], confidence[:, rows] = most_probable(prob, last_head(self.module).threshold)
+        merged = samples[0]
+        del merged.seg_logits
+        merged.set_data(dict(pred_sem_seg=PixelData(data=labels), confidence=PixelData(data=confidence)))
+        return merged
+
+
+def _turned_back(result: Tensor, sample: SegDataSample) -> Tensor:
+    """Undo the flip of test-time augmentation."""
+    if not sample.metainfo.get('flip'):
+        return result
+    values = result.view(torch.int16) if result.dtype == torch.uint16 else result  # which torch 2.11 cannot flip
+    return values.flip(-1 if sample.flip_direction == 'horizontal' else -2).view(result.dtype)
 
 
 def _starts(length: int, crop: int, stride: int) -> list[int]:

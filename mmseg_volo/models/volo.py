@@ -21,8 +21,18 @@ from ..ops import outlook_attention
 from ..ops.plain import is_plain
 from ..ops.products import call_linear
 from ..ops.recompute import norm_linear, norm_linear_pool, norm_mlp
-from .backbone import Backbone, ResizedPerGrid, add, are_positive, ceil_div, drop_path_rates, init_linear, sides
-from .pretrained import PretrainedFormat
+from .backbone import (
+    Backbone,
+    ResizedPerGrid,
+    add,
+    are_positive,
+    ceil_div,
+    channels_told_by,
+    drop_path_rates,
+    init_linear,
+    sides,
+)
+from .pretrained import PretrainedFormat, grid_of_map
 
 # Architecture settings; embed_dims and num_heads are (stage 1, stages 2 to 4). d1 to d5 follow the authors' repository,
 # sail-sg/volo; tiny is ours.
@@ -296,6 +306,13 @@ class VOLO(Backbone):
                 y = getattr(self, f'norm{stage}')(x)[:, : ceil_div(H, STRIDES[stage]), : ceil_div(W, STRIDES[stage])]
                 outputs.append(y.permute(0, 3, 1, 2))
         return tuple(outputs)
+
+    @classmethod
+    def told_by(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """``arch``, ``img_size`` and ``in_channels`` of a checkpoint."""
+        grid = grid_of_map(state['pos_embed']) if 'pos_embed' in state else None
+        size = dict(img_size=(16 * grid[0], 16 * grid[1])) if grid else {}
+        return dict(arch=_recognise(state), **size, **channels_told_by(state.get(PRETRAINED.stem)))
 
     def parts_of_stage(self, n: int) -> list[nn.Module | nn.Parameter]:
         """Parts that ``frozen_stages`` freezes: the stem, then the stages; the position embedding is in stage 2."""

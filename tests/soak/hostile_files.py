@@ -1,4 +1,4 @@
-"""Read harmful, odd and damaged checkpoints in every way: tests/soak/hostile_files.py [--short]
+"""Read harmful, odd and damaged checkpoints and models in every way: tests/soak/hostile_files.py [--short]
 
 Print a table, and exit with 1 if a file ran code, ended the interpreter, hung, or raised anything but UserError.
 """
@@ -33,13 +33,18 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
+from mmengine.registry import init_default_scope
 from mmengine.runner import load_checkpoint
+from mmseg.registry import MODELS
 from prettytable import PrettyTable
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from mmseg_volo import VOLO
+from mmseg_volo.apis.predictor import Predictor
+from mmseg_volo.apis.sources import load_model, try_out
+from mmseg_volo.checkpoints.plain_config import plain_config
 from mmseg_volo.checkpoints.reading import read_checkpoint
 from mmseg_volo.errors import UserError
 
@@ -440,6 +445,185 @@ ODD: dict[str, Maker] = {
 }
 
 
+@functools.cache
+def _model() -> tuple[str, dict[str, Tensor]]:
+    """``config.json`` and weights of a segmentor with ``small_volo``."""
+    init_default_scope('mmseg')
+    pipeline = [dict(type='LoadImageFromFile'), dict(type='Resize', scale=(64, 64)), dict(type='PackSegInputs')]
+    head = dict(type='FCNHead', in_channels=16, in_index=3, channels=8, num_convs=1, num_classes=2)
+    model = dict(
+        type='SlidingSegmentor',
+        data_preprocessor=dict(type='SegDataPreProcessor', mean=[0.0] * 3, std=[1.0] * 3, size=(32, 32)),
+        backbone=dict(type='VOLO', arch=ARCH, img_size=32),
+        decode_head=dict(head, norm_cfg=dict(type='BN')),
+        test_cfg=dict(mode='slide', crop_size=(32, 32), stride=(16, 16)),
+    )
+    cfg = Config(dict(model=model, test_pipeline=pipeline, test_dataloader=dict(dataset=dict(pipeline=pipeline))))
+    content = plain_config(cfg, 'small', dict(classes=('a', 'b'), palette=[[0, 0, 0], [9, 9, 9]]))
+    state = MODELS.build(cfg.model).state_dict()
+    state |= {f'backbone.{key}': tensor for key, tensor in _training_checkpoint()['state_dict'].items()}
+    return json.dumps(content), state
+
+
+def model_folder(change: Callable[[dict, Path], object], weights: Callable[[dict], object] = dict) -> Maker:
+    """A folder as push writes it, after ``change(content of config.json, ran)`` and ``weights(state)``."""
+
+    def make(folder: Path, ran: Path) -> Path:
+        text, state = _model()
+        content = json.loads(text)
+        changed = change(content, ran)
+        text = changed if isinstance(changed, str) else json.dumps(content)
+        (folder / 'config.json').write_text(text)
+        state = dict(state)
+        weights(state)
+        save_file(state, folder / 'model.safetensors')
+        return folder
+
+    return make
+
+
+def with_part(*keys: object, value: object) -> Maker:
+    """A model folder whose ``config.json`` holds ``value``, or ``value(ran)``, at ``keys``."""
+
+    def change(content: dict, ran: Path) -> None:
+        part: object = content
+        for key in keys[:-1]:
+            part = part[key]
+        part[keys[-1]] = value(ran) if callable(value) else value
+
+    return model_folder(change)
+
+
+def touching(ran: Path) -> dict:
+    """What mmengine's registry would import and call."""
+    return dict(type='os.system', command=f'touch {ran}')
+
+
+def pickled_weight(ran: Path) -> str:
+    """A file from which mmseg's losses would read class weights."""
+    path = ran.with_name('weight.pkl')
+    path.write_bytes(pickle.dumps(creating(ran)))
+    return str(path)
+
+
+def pickle_as_weights(folder: Path, ran: Path) -> Path:
+    model_folder(lambda content, ran: None)(folder, ran)
+    bare_pickle(2, 'model.safetensors')(folder, ran)
+    return folder
+
+
+# Models whose files run code, or read other files, where nothing checks them.
+HARMFUL_MODELS: dict[str, Maker] = {
+    'function as backbone': with_part('model', 'backbone', value=touching),
+    'function as model': with_part('model', value=touching),
+    'function as norm': with_part('model', 'decode_head', 'norm_cfg', value=touching),
+    'function as preprocessor': with_part('model', 'data_preprocessor', value=touching),
+    'function in the pipeline': with_part('test_pipeline', 1, value=touching),
+    'function in a transform': with_part(
+        'test_pipeline', 1, value=lambda ran: dict(type='TestTimeAug', transforms=[[touching(ran)]])
+    ),
+    'function as average': with_part('tta_model', value=touching),
+    'function in the scale': with_part('test_pipeline', 1, 'scale', value=touching),
+    'function as class': with_part('dataset_meta', 'classes', 0, value=touching),
+    'function under another key': with_part('hooks', value=touching),
+    'initial weights': with_part(
+        'model', 'backbone', 'init_cfg', value=lambda ran: dict(type='Pretrained', checkpoint=pickled_weight(ran))
+    ),
+    'class weights in a file': with_part(
+        'model',
+        'decode_head',
+        'loss_decode',
+        value=lambda ran: dict(type='CrossEntropyLoss', class_weight=pickled_weight(ran)),
+    ),
+    'class weights in a file, elsewhere': with_part('model', 'decode_head', 'class_weight', value=pickled_weight),
+    'pickle as weights': pickle_as_weights,
+}
+# Their weights or configs lie, are damaged, or are unusually large.
+ODD_MODELS: dict[str, Maker] = {
+    'no config': lambda folder, ran: (bare_pickle(2, 'model.safetensors')(folder, ran), folder)[1],
+    'no weights': lambda folder, ran: ((folder / 'config.json').write_text(_model()[0]), folder)[1],
+    'imports': with_part('custom_imports', value=dict(imports=['os'])),
+    'scope': with_part('model', 'backbone', '_scope_', value='os'),
+    'base': with_part('_base_', value='/etc/passwd'),
+    'path as arch': with_part('model', 'backbone', 'arch', value='../../x'),
+    'path as name': with_part('name', value='../../x'),
+    'path as file': with_part('weights', value='../../x.safetensors'),
+    'backend of files': with_part('test_pipeline', 0, 'backend_args', value=dict(backend='petrel')),
+    'escape sequence': with_part('dataset_meta', 'classes', 0, value='\x1b[2J'),
+    'another library': model_folder(lambda content, ran: '{"architecture": "volo_d1_224"}'),
+    'newer format': with_part('format_version', value=99),
+    'empty': model_folder(lambda content, ran: ' '),
+    'list': model_folder(lambda content, ran: '[]'),
+    'deep': model_folder(lambda content, ran: '[' * 100_000),
+    'deep object': model_folder(lambda content, ran: '{"model":' * 50_000),
+    'deep but closed': with_part('model', 'x', value=functools.reduce(lambda inner, _: [inner], range(200), 0)),
+    'cut off': model_folder(lambda content, ran: json.dumps(content)[:-9]),
+    'large': model_folder(lambda content, ran: json.dumps(content) + ' ' * 2**20),
+    'NaN': with_part('model', 'decode_head', 'dropout_ratio', value=float('nan')),
+    'infinity': model_folder(lambda content, ran: json.dumps(content).replace('"num_convs": 1', '"num_convs": 1e999')),
+    'digits': model_folder(
+        lambda content, ran: json.dumps(content).replace('"channels": 8', f'"channels": {"9" * 5000}')
+    ),
+    'wide': with_part('model', 'decode_head', 'channels', value=2**20),
+    'wider': with_part('model', 'decode_head', 'channels', value=2**40),
+    'many layers': with_part('model', 'decode_head', 'num_convs', value=10**5),
+    'many blocks': with_part('model', 'backbone', 'arch', 'layers', 'tuple', value=[10**4] * 4),
+    'many entries': with_part('model', 'decode_head', 'in_index', value=list(range(10**4))),
+    'many classes': with_part('dataset_meta', 'classes', value=['a'] * 10**4),
+    'large picture': with_part('test_pipeline', 1, 'scale', value=dict(tuple=[2**20, 2**20])),
+    'other classes': with_part('dataset_meta', 'classes', value=['a', 'b', 'c']),
+    'no colours': with_part('dataset_meta', 'palette', value=[]),
+    'no pipeline': with_part('test_pipeline', value=[]),
+    'pipeline without sizes': with_part('test_pipeline', 1, value=dict(type='Resize')),
+    'pipeline of words': with_part('test_pipeline', value=['slide']),
+    'model as step': with_part('test_pipeline', 1, value=dict(type='VOLO')),
+    'step as model': with_part('model', 'decode_head', value=dict(type='PackSegInputs', num_classes=2)),
+    'no mode': with_part('model', 'test_cfg', value={}),
+    'steps of nothing': with_part('model', 'test_cfg', 'stride', value=[0, 0]),
+    'map that is not there': with_part('model', 'decode_head', 'in_index', value=9),
+    'strange argument': with_part('model', 'backbone', 'speed', value=9),
+    'tuple of more': with_part('model', 'test_cfg', 'stride', value=dict(tuple=[1], more=1)),
+    'tensor missing': model_folder(lambda content, ran: None, lambda state: state.pop('backbone.pos_embed')),
+    'tensor too many': model_folder(lambda content, ran: None, lambda state: state.update(more=torch.zeros(1))),
+    'tensor of another shape': model_folder(
+        lambda content, ran: None, lambda state: state.update({'backbone.pos_embed': torch.zeros(1, 1, 1, 16)})
+    ),
+    'tensor of integers': model_folder(
+        lambda content, ran: None,
+        lambda state: state.update({'backbone.pos_embed': state['backbone.pos_embed'].int()}),
+    ),
+    'tensor of NaN': model_folder(
+        lambda content, ran: None,
+        lambda state: state.update({'backbone.pos_embed': torch.full_like(state['backbone.pos_embed'], torch.nan)}),
+    ),
+}
+
+
+def changed_models(rng: random.Random) -> Iterator[Maker]:
+    """An endless stream of models with one value of ``config.json`` replaced, or some of its bytes."""
+    values = [None, True, 0, -1, 1, 2, 3, 7.5, 2**20, 'slide', 'bilinear', [], [1, 2], {}, {'tuple': [3, 3]}, [[]]]
+
+    def places(part: object, keys: tuple = ()) -> Iterator[tuple]:
+        items = part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else ()
+        for key, item in items:
+            yield (*keys, key)
+            yield from places(item, (*keys, key))
+
+    def with_other_bytes(seed: int) -> Maker:
+        def change(content: dict, ran: Path) -> str:
+            local, text = random.Random(seed), list(json.dumps(content))
+            for _ in range(local.randint(1, 4)):
+                text[local.randrange(len(text))] = chr(local.randrange(32, 127))
+            return ''.join(text)
+
+        return model_folder(change)
+
+    all_places = [keys for keys in places(json.loads(_model()[0])) if keys[0] != 'versions']
+    while True:
+        yield with_part(*rng.choice(all_places), value=rng.choice(values))
+        yield with_other_bytes(rng.getrandbits(32))
+
+
 def damaged(rng: random.Random) -> Iterator[tuple[str, Maker]]:
     """An endless stream of damaged files: cut off, or with one to eight bytes changed."""
     contents = training_checkpoint()
@@ -504,11 +688,21 @@ def from_read_checkpoint(path: str) -> dict:
     return state if isinstance(state, dict) else {}
 
 
+def from_folder(path: str) -> dict:
+    found = load_model(path, None, {})
+    predictor = Predictor(found.config, found.checkpoint, 'cpu', tta=False, amp=False)
+    try_out(predictor.model, path)
+    return {key.removeprefix('backbone.'): tensor for key, tensor in predictor.model.state_dict().items()}
+
+
 DOORS = {
     'read_checkpoint': from_read_checkpoint,
     'load_checkpoint': from_load_checkpoint,
     'init_cfg': from_init_cfg,
 }
+
+
+MODEL_DOORS = {'folder': from_folder}
 
 
 def equal(value: object, tensor: Tensor) -> bool:
@@ -523,7 +717,7 @@ def outcome(path: Path | str, door: str) -> tuple[str, str]:
     expected = _training_checkpoint()['state_dict']
     MODEL.load_state_dict(expected)
     try:
-        state = DOORS[door](str(path))
+        state = (DOORS | MODEL_DOORS)[door](str(path))
     except UserError as error:
         sentence = str(error)
         return ('refused' if sentence.replace(str(path), '').isprintable() else 'other error'), sentence
@@ -565,33 +759,40 @@ class Child:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description='Hostile, odd and damaged checkpoints through every door.')
-    parser.add_argument('--short', action='store_true', help='210 damaged files instead of 7000')
+    parser.add_argument(
+        '--short', action='store_true', help='210 damaged files instead of 7000, 60 models instead of 2000'
+    )
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     warnings.simplefilter('ignore')
-    stream = damaged(random.Random(args.seed))
+    stream, models = damaged(random.Random(args.seed)), changed_models(random.Random(args.seed))
     cases = [
         *(('harmful', name, maker) for name, maker in HARMFUL.items()),
         *(('odd', name, maker) for name, maker in ODD.items()),
         *((kind, '', maker) for kind, maker in itertools.islice(stream, 210 if args.short else 7000)),
     ]
+    cases = [(*case, DOORS) for case in cases] + [
+        *(('harmful models', name, maker, MODEL_DOORS) for name, maker in HARMFUL_MODELS.items()),
+        *(('odd models', name, maker, MODEL_DOORS) for name, maker in ODD_MODELS.items()),
+        *(('changed models', '', maker, MODEL_DOORS) for maker in itertools.islice(models, 60 if args.short else 2000)),
+    ]
     counts: dict[tuple[str, str], Counter] = {}
     child = Child()
     failures = []
-    for kind, name, maker in tqdm(cases, disable=None):
+    for kind, name, maker, doors in tqdm(cases, disable=None):
         with tempfile.TemporaryDirectory() as folder:
             ran = Path(folder) / 'ran'
             (Path(folder) / 'file').mkdir()
             path = maker(Path(folder) / 'file', ran)
-            for door in DOORS:
+            for door in doors:
                 result, sentence = child.outcome(path, door)
                 if ran.exists():
                     result = 'code ran'
                     ran.unlink()
                 counts.setdefault((kind, door), Counter())[result] += 1
-                if result in OUTCOMES[3:] or (kind == 'harmful' and result != 'refused'):
+                if result in OUTCOMES[3:] or (kind.startswith('harmful') and result != 'refused'):
                     failures.append(f'{kind} {name}, {door}: {result} {sentence[:300]!r}')
     table = PrettyTable(['files', 'door', 'cases', *OUTCOMES], align='r')
     table.align['files'] = table.align['door'] = 'l'

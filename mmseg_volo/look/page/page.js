@@ -22,7 +22,7 @@ if (address.has('token')) sessionStorage.setItem('token', address.get('token'));
 async function ask(path, options = {}) {
   const headers = {...options.headers, 'X-Token': sessionStorage.getItem('token') ?? ''};
   const response = await fetch(`api/${path}`, {...options, headers}).catch(error => {
-    throw error.name === 'AbortError' ? error : new Error('The server does not answer. Is the command still running?');
+    throw error.name === 'AbortError' ? error : new Error('The server does not answer; perhaps the command has ended');
   });
   if (response.ok) return response;
   const {detail} = await response.json().catch(() => ({}));
@@ -71,6 +71,7 @@ function choose(question, ...answers) {
 let loading = new AbortController(), opened = 0;
 
 async function open(number) {
+  endStroke();
   if (number === undefined || !(await mayLeave())) return;
   loading.abort();
   loading = new AbortController();
@@ -124,6 +125,7 @@ async function mayLeave() {
 }
 
 async function drop(file) {
+  endStroke();
   if (!file || !(await mayLeave())) return;
   if (file.size > state.album.mostBytes) return say(`${file.name} has more than ${state.album.mostBytes} bytes`, true);
   state.saved = top();
@@ -217,6 +219,7 @@ function commit() {
 }
 
 function swap(from, to) {
+  endStroke();
   const step = from.pop();
   if (!step) return;
   to.push({...step, data: copied(state.labels, step.box)});
@@ -231,6 +234,7 @@ async function restart(name) {
   try {
     const ids = name === 'truth' ? state.truth : await bytes(await patiently(`pictures/${number}/labels`, {signal: loading.signal}));
     if (number !== state.number) return;
+    endStroke();
     state.labels.set(ids);
     box = [0, 0, state.about.width - 1, state.about.height - 1];
     commit();
@@ -239,20 +243,29 @@ async function restart(name) {
   }
 }
 
-async function save(version = state.version) {
+let saving = Promise.resolve();  // one at a time, or a second Ctrl+S would mistake the first for another tab
+
+function save() {
+  const {number} = state;
+  endStroke();
+  saving = saving.then(() => number === state.number && put(state.version));
+  return saving;
+}
+
+async function put(version) {
   if (!state.labels || isDropped()) return false;
-  const {number} = state, saving = top();
+  const {number} = state, step = top();
   try {
     const response = await ask(`pictures/${number}/saved`, {method: 'PUT', body: state.labels, headers: {'X-Version': version}});
     const {version: written, file} = await response.json();
     state.entries[number].saved = true;
-    if (number === state.number) Object.assign(state, {saved: saving, version: written});
+    if (number === state.number) Object.assign(state, {saved: step, version: written});
     say(`Saved as ${file}`);
   } catch (error) {
     if (error.status === 412) {
       const answer = await choose('These labels were also saved elsewhere, perhaps in another tab, since this page loaded them.',
         'Replace them by mine', 'Load the other ones', 'Decide later');
-      if (answer === 'Replace them by mine') return save('*');
+      if (answer === 'Replace them by mine') return put('*');
       if (answer === 'Load the other ones') { state.saved = top(); await open(number); }
       return false;
     }
@@ -379,7 +392,7 @@ function showState() {
     button.ariaPressed = String(tool === state.tool || layer === state.layer);
     button.disabled = ready && (tool ? isDropped() && tool !== 'move' : !state.truth && ['truth', 'errors'].includes(layer));
   }
-  canvas.dataset.tool = state.tool;
+  canvas.className = state.tool;
   $('undo').disabled = !state.undo.length;
   $('redo').disabled = !state.redo.length;
   $('save').disabled = !ready || isDropped();
@@ -522,7 +535,7 @@ canvas.addEventListener('pointerdown', event => {
   drawing = pointers.size === 1 && event.button === 0 && canPaint();
   state.cross = null;
   if (drawing) use(pixel(place(event)));
-  if (drawing && state.tool === 'fill') { drawing = false; commit(); pointers.clear(); }
+  if (drawing && state.tool === 'fill') { endStroke(); pointers.clear(); }
   draw();
 });
 
@@ -550,9 +563,14 @@ canvas.addEventListener('pointermove', event => {
   draw();
 });
 
+function endStroke() {
+  if (drawing) commit();
+  drawing = false;
+}
+
 for (const kind of ['pointerup', 'pointercancel']) canvas.addEventListener(kind, event => {
   pointers.delete(event.pointerId);
-  if (drawing) { drawing = false; commit(); }
+  endStroke();
 });
 canvas.addEventListener('pointerleave', () => { state.pointer = null; $('readout').textContent = POINT; draw(); });
 canvas.addEventListener('wheel', event => {
