@@ -264,7 +264,7 @@ def test_errors_are_counted_and_saved_labels_pass_check_data(visit, streets, pre
     truth = np.array(Image.open(sorted((streets.place / 'toy/gtFine/val').rglob('*_labelTrainIds.png'))[LAST]))
     page.keyboard.press('e')
     known = truth != 255
-    differ = f'{(truth != labels)[known].mean() * 100:.1f} % of {known.sum()} true labels differ'
+    differ = f'{(truth != labels)[known].mean() * 100:.1f} % of {known.sum():,} true labels differ'
     until(page, f'document.querySelector("#agreement").textContent.includes("{differ}")')
     page.locator('#restart').select_option('truth')
     until(page, 'document.querySelector("#agreement").textContent.startsWith("0.0 %")')
@@ -373,15 +373,14 @@ def test_other_pictures_go_on_after_those_that_fail_and_dropped_ones_are_segment
     until(page, f'look.number > {DOT} && look.labels')
     assert np.array_equal(plane(page), predicted[1][0]) and page.inner_text('#name') == path.name
     assert page.locator('#save').is_disabled() and page.locator('[data-tool=brush]').is_disabled()
-    for file, words in (
-        (dict(name='no.png', buffer=b'not a picture'), 'no.png cannot be decoded'),
-        (
-            dict(name='b.png', buffer=b'\x89PNG\r\n\x1a\n' + png_header(20000, 20000)),
-            'b.png has more than 134,217,728 pixels',
-        ),
-    ):
-        page.locator('#file').set_input_files(dict(file, mimeType='image/png'))
-        until(page, f'document.querySelector("#problem").textContent.includes("{words}")')
+    page.evaluate("""
+        const dataTransfer = new DataTransfer();
+        dataTransfer.items.add(new File(['not a picture'], 'no.png'));
+        dispatchEvent(new DragEvent('drop', {dataTransfer}))""")
+    until(page, 'document.querySelector("#problem").textContent.includes("no.png cannot be decoded")')
+    bomb = dict(name='b.png', buffer=b'\x89PNG\r\n\x1a\n' + png_header(20000, 20000), mimeType='image/png')
+    page.locator('#file').set_input_files(bomb)
+    until(page, 'document.querySelector("#problem").textContent === "b.png has more than 134,217,728 pixels"')
     page.evaluate('look.album.mostBytes = 10')
     page.locator('#file').set_input_files(path)
     assert 'more than 10 bytes' in message(page)
@@ -444,6 +443,14 @@ CONTRAST = """() => {
   }
   return low;
 }"""
+
+
+def test_without_the_token_the_page_says_what_to_open(browser, streets):
+    page = browser.new_page()
+    page.goto(streets.address)
+    until(page, 'document.querySelector("#problem").textContent.startsWith("open the whole address")')
+    assert page.locator(':is(button, select, input):enabled:visible').count() == 0
+    page.close()
 
 
 @pytest.mark.parametrize('width', [390, 1280])

@@ -424,7 +424,7 @@ function summarize() {
       const share = labels ? counts[row.dataset.id] / labels.length : 0;
       row.querySelector('span').textContent = share === 0 ? '' : share < .001 ? '< 0.1 %' : `${(share * 100).toFixed(1)} %`;
     }
-    $('agreement').textContent = known ? `${(wrong / known * 100).toFixed(1)} % of ${known} true labels differ.` : '';
+    $('agreement').textContent = known ? `${(wrong / known * 100).toFixed(1)} % of ${known.toLocaleString('en')} true labels differ.` : '';
   }, 60);
 }
 
@@ -681,6 +681,7 @@ try {
   const wanted = Number(address.get('picture') ?? -1);
   await open(state.order.includes(wanted) ? wanted : state.order[0]);
 } catch (error) {
+  for (const control of document.querySelectorAll('button, select, input')) control.disabled = true;
   $('problem').textContent = error.message;
   $('problem').hidden = false;
 }
