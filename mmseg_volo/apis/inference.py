@@ -368,7 +368,7 @@ def _segment_pictures(
 
 def _read(picture: Picture) -> Picture:
     try:
-        picture.image = _decode(picture.path)
+        picture.image = decode(picture.path)
     except Undecodable as error:
         picture.problem = error
     return picture
@@ -404,7 +404,7 @@ def _save_array(array: np.ndarray, file: IO[bytes]) -> None:
     np.save(file, array)
 
 
-def _decode(path: str) -> np.ndarray:
+def decode(path: str) -> np.ndarray:
     """Image as uint8 BGR. 8-bit images equal those of mmseg's loader; 16-bit images are scaled to 8 bits."""
     problem = f'{path} cannot be decoded as an image'
     try:
