@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -26,9 +26,11 @@ from ..config import check_tta, make_writable
 from ..errors import UserError
 from ..models.confidence import CERTAIN
 from ..models.segmentor import SlidingTTAModel
+from ..rasters import TIFF_SUFFIXES, is_raster
 from ..visualization import label_png, overlay, side_by_side, with_legend, write_png
 from .label_studio import Tasks
-from .predictor import Picture, Predictor, Undecodable
+from .predictor import Picture, Predictor, Undecodable, raster_loader, steps_of_test
+from .raster import RasterRun
 from .sources import Model, load_model, try_out
 from .threads import in_threads
 from .video import VIDEO_SUFFIXES, pyav, segment_video
@@ -91,12 +93,13 @@ def infer(
     compile: bool = False,
     void_below: float = 0,
     beside: bool = False,
+    bands: Sequence[int] | None = None,
     resume: bool = False,
     ray: str | None = None,
     workers: int | None = None,
     cfg_options: dict | None = None,
 ) -> list[str]:
-    """Segment images and videos. A video gives an overlay only.
+    """Segment images, videos and rasters. A video gives an overlay only, a raster a GeoTIFF and a reduced overlay.
 
     Args:
         config: a config's path or name; ``hf://owner/name``; or a folder that ``mmseg-volo push`` wrote.
@@ -115,7 +118,8 @@ def infer(
         compile: run the backbone under ``torch.compile``, which compiles once per size of picture or window.
         void_below: probability from 0 to 1; labels with a lower one become 255 in all results.
         beside: show the picture or frame to the left of its overlay.
-        resume: leave out the files whose results are all there.
+        bands: numbers of the bands of TIFF files to use, from 1; TIFF files are then rasters.
+        resume: leave out the files whose results are all there, and go on with rasters where a run was stopped.
         ray: segment in several processes, on the cluster at this address, or ``'local'`` for one of its own.
         workers: number of processes with ``ray``; by default 2 on this machine, and all GPUs or CPUs of a cluster.
 
@@ -150,10 +154,13 @@ def infer(
         check_tta(model.config, config)
         if (void_below or wanted.confidence) and not _keeps_confidence(model.config):
             raise UserError('the probability of a label with --tta needs tta_model.type=SlidingTTAModel in the config')
+    rasters = _rasters(model.config, outputs, bands)
+    unfit = {'--tta': tta, '--void-below': void_below, '--side-by-side': beside, '--ray': ray}
+    _check_rasters(rasters, save, bands, [option for option, value in unfit.items() if value])
     out = check_store(out_dir) if is_url(out_dir) else str(make_writable(out_dir))
     count = len(outputs)
     if resume:
-        outputs = _unfinished(outputs, out, wanted)
+        outputs = _unfinished(outputs, out, wanted, rasters)
         if not outputs:
             print(f'all {count} results are in {out}')
             return []
@@ -167,7 +174,8 @@ def infer(
     else:
         predictor = make_predictor(model, config, device, tta, amp, compile, void_below)
         tasks = _tasks(outputs, out, predictor, model.checkpoint) if 'label-studio' in save else None
-        results, where = segment_files(outputs, out, predictor, wanted, tasks), predictor.device
+        run = RasterRun(rasters, predictor, Path(out), save, opacity, bands, resume) if rasters else None
+        results, where = segment_files(outputs, out, predictor, wanted, tasks, run), predictor.device
     bad = _report(results, outputs, count, out, save, where)
     if tasks:
         print(f'to import {tasks.path}, start Label Studio with LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT={tasks.root}')
@@ -250,13 +258,13 @@ def _listed(item: str) -> list[str]:
     return [line for line in lines if line]
 
 
-def _unfinished(outputs: dict[str, str], out: str, wanted: Wanted) -> dict[str, str]:
-    """Files that lack a result."""
+def _unfinished(outputs: dict[str, str], out: str, wanted: Wanted, rasters: Collection[str]) -> dict[str, str]:
+    """Files that lack a result, and rasters, which find out by themselves."""
     exists = existing(out)
     return {
         path: name
         for path, name in outputs.items()
-        if not all(exists(result) for result in wanted.paths(name, is_video(path)))
+        if path in rasters or not all(exists(result) for result in wanted.paths(name, is_video(path)))
     }
 
 
@@ -270,6 +278,27 @@ def is_video(path: str) -> bool:
     return path.lower().endswith(VIDEO_SUFFIXES)
 
 
+def _rasters(cfg: Config, files: Iterable[str], bands: Sequence[int] | None) -> set[str]:
+    """Those of the files that are read in windows: all, if the config loads rasters."""
+    if raster_loader(steps_of_test(cfg)) is None:
+        tiffs = [path for path in files if path.lower().endswith(TIFF_SUFFIXES) and not is_url(path)]
+        return {path for path in tiffs if bands or is_raster(path)}
+    other = [path for path in files if is_video(path) or is_url(path)]
+    if other:
+        raise UserError(f'{other[0]} is a {"video" if is_video(other[0]) else "URL"}, but the config loads rasters')
+    return set(files)
+
+
+def _check_rasters(rasters: set[str], save: Sequence[str], bands: Sequence[int] | None, unfit: Sequence[str]) -> None:
+    """Raise ``UserError`` if there are rasters and options for other pictures, or bands without rasters."""
+    if bands and not rasters:
+        raise UserError('--bands is for rasters, and there are none')
+    unfit = [*sorted(set(save) - {'labels', 'overlay'}), *unfit]
+    if rasters and (unfit or 'labels' not in save):
+        remedy = f'leave out {" and ".join(unfit)}' if unfit else 'add labels to --save'
+        raise UserError(f'{min(rasters)} is a raster, which becomes labels and an overlay of them; {remedy}')
+
+
 def _tasks(outputs: dict[str, str], out: str, predictor: Predictor, checkpoint: str) -> Tasks | None:
     pictures = [path for path in outputs if not is_video(path)]
     if not pictures:
@@ -279,7 +308,12 @@ def _tasks(outputs: dict[str, str], out: str, predictor: Predictor, checkpoint: 
 
 
 def segment_files(
-    outputs: dict[str, str], out: str, predictor: Predictor, wanted: Wanted, tasks: Tasks | None = None
+    outputs: dict[str, str],
+    out: str,
+    predictor: Predictor,
+    wanted: Wanted,
+    tasks: Tasks | None = None,
+    raster_run: RasterRun | None = None,
 ) -> Results:
     """Yield each file in order when its results are written, and the reason if they are missing or incomplete.
 
@@ -287,11 +321,15 @@ def segment_files(
         outputs: files, and names of their results.
         out: folder or URL for all results.
         tasks: gets a task for each picture.
+        raster_run: segments its rasters.
     """
+    rasters = raster_run.paths if raster_run else ()
     with tasks.opened() if tasks else nullcontext():
-        for are_videos, files in groupby(outputs.items(), key=lambda item: is_video(item[0])):
-            if are_videos:
+        for kind, files in groupby(outputs.items(), key=lambda item: (is_video(item[0]), item[0] in rasters)):
+            if kind == (True, False):
                 yield from _segment_videos(dict(files), out, predictor, wanted)
+            elif raster_run and kind == (False, True):
+                yield from ((path, raster_run.problem(path, name)) for path, name in files)
             else:
                 yield from _segment_pictures(dict(files), out, predictor, wanted, tasks)
 
@@ -330,7 +368,7 @@ def _segment_pictures(
 
 def _read(picture: Picture) -> Picture:
     try:
-        picture.image = _decode(picture.path)
+        picture.image = decode(picture.path)
     except Undecodable as error:
         picture.problem = error
     return picture
@@ -366,7 +404,7 @@ def _save_array(array: np.ndarray, file: IO[bytes]) -> None:
     np.save(file, array)
 
 
-def _decode(path: str) -> np.ndarray:
+def decode(path: str) -> np.ndarray:
     """Image as uint8 BGR. 8-bit images equal those of mmseg's loader; 16-bit images are scaled to 8 bits."""
     problem = f'{path} cannot be decoded as an image'
     try:
