@@ -19,7 +19,7 @@ from mmseg_volo._files import PARTIAL
 from mmseg_volo._storage import existing, find_in_store
 from mmseg_volo.apis import ray_inference
 from mmseg_volo.apis.inference import Wanted, infer
-from mmseg_volo.apis.ray_inference import DEATHS, FATAL, MODEL, SKIPPED, Attempts, Setup, Worker
+from mmseg_volo.apis.ray_inference import DEATHS, FATAL, MODEL, SKIPPED, Setup, Worker, attempts_type
 from mmseg_volo.apis.sources import load_model
 from mmseg_volo.errors import UserError
 from mmseg_volo_cli import main
@@ -185,7 +185,7 @@ class Handle:
 def test_workers_that_die_again_and_again_come_back_as_text(step, folder, checkpoint, tmp_path, monkeypatch):
     pytest.importorskip('ray.data', reason="pip install 'mmseg-volo[ray]'")
     monkeypatch.setattr('ray.get', lambda value: value)
-    attempts, files = Attempts(), batch(folder / '00.png', folder / '01.png')
+    attempts, files = attempts_type()(), batch(folder / '00.png', folder / '01.png')
 
     def die(*_: object) -> None:
         raise KeyboardInterrupt

@@ -45,27 +45,30 @@ class Setup:
     wanted: Wanted
 
 
-class Attempts:
-    """Counts what workers begin, in a process that outlives them."""
+def attempts_type() -> type:
+    """A class that counts what workers begin, in a process that outlives them."""
 
-    def __init__(self) -> None:
-        self.counts = Counter[str]()
+    class Attempts:  # in a function, or else its process would import torch to find it, in 0.5 GiB
+        def __init__(self) -> None:
+            self.counts = Counter[str]()
 
-    def begin(self, what: str) -> int:
-        """How often this was begun, now included."""
-        self.counts[what] += 1
-        return self.counts[what]
+        def begin(self, what: str) -> int:
+            """How often this was begun, now included."""
+            self.counts[what] += 1
+            return self.counts[what]
 
-    def forget(self, what: str) -> None:
-        """Count from 0 again."""
-        self.counts.pop(what, None)
+        def forget(self, what: str) -> None:
+            """Count from 0 again."""
+            self.counts.pop(what, None)
+
+    return Attempts
 
 
 class Worker:
     """A model in a process of its own. Mistakes of the user travel to the driver as text.
 
     Args:
-        attempts: handle of an ``Attempts`` that all workers share, or None if nobody restarts this worker.
+        attempts: handle of an ``attempts_type()`` that all workers share, or None if nobody restarts this worker.
         workers: number of workers that begin at once.
     """
 
@@ -159,7 +162,7 @@ def _rows(ray: ModuleType, outputs: dict[str, str], setup: Setup, workers: int, 
     context.enable_progress_bars = context.print_on_execution_start = False
     context.execution_options.preserve_order = True
     size = max(1, min(BATCH, len(outputs) // (4 * workers)), len(outputs) // BLOCKS)
-    attempts = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Attempts).remote()
+    attempts = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(attempts_type()).remote()
     files = [dict(path=os.fsencode(path), name=os.fsencode(name)) for path, name in outputs.items()]
     done = ray.data.from_items(files, override_num_blocks=-(-len(files) // size)).map_batches(
         Worker,
