@@ -32,7 +32,7 @@ def _test(args: dict) -> None:
 def _add_infer(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument(
-        'images', nargs='*', metavar='IMAGE', help='images, videos, folders (with subfolders) or patterns'
+        'images', nargs='*', metavar='IMAGE', help='images, videos, folders (with subfolders), patterns or @LIST'
     )
     parser.add_argument('--out-dir', default='out', metavar='DIR', help='gets vis/, pred/ and others ' + DEFAULT)
     parser.add_argument(
@@ -51,8 +51,22 @@ def _add_infer(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument('--tta', action='store_true', help='average predictions over several scales and flips')
     parser.add_argument('--amp', action='store_true', help='mixed precision: bfloat16, or float16 on older GPUs')
+    parser.add_argument('--bands', nargs='+', type=int, metavar='N', help='bands of TIFF files to use, from 1')
     add_compile(parser)
     add_openvino(parser)
+    parser.add_argument(
+        '--resume', action='store_true', help='leave out finished files, and go on with unfinished rasters'
+    )
+    parser.add_argument(
+        '--ray',
+        nargs='?',
+        const='local',
+        metavar='HOST:PORT',
+        help='use several processes: of a Ray cluster, or without an address on this machine',
+    )
+    parser.add_argument(
+        '--workers', type=int, metavar='N', help='processes with --ray (default: 2, or all of a cluster)'
+    )
     add_device(parser, numbered=True)
 
 
@@ -64,6 +78,24 @@ def _infer(args: dict) -> int:
     args['checkpoint'], args['images'] = split_words(args['config'], words)
     undecoded = infer(**args)
     return 1 if undecoded else 0
+
+
+def _add_look(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument('folder', help='pictures, also in subfolders')
+    parser.add_argument('--labels', metavar='DIR', help="true labels (default: those of the config's data sets)")
+    parser.add_argument('--port', type=int, default=8000, help='on 127.0.0.1; the next free one if in use ' + DEFAULT)
+    parser.add_argument('--out-dir', default='out', metavar='DIR', help='gets corrected labels in labels/ ' + DEFAULT)
+    parser.add_argument('--overwrite', action='store_true', help='save corrected labels over the true ones')
+    parser.add_argument('--open', action='store_true', help='open the page in a browser')
+    parser.add_argument('--amp', action='store_true', help='mixed precision: bfloat16, or float16 on older GPUs')
+    add_device(parser, numbered=True)
+
+
+def _look(args: dict) -> None:
+    from mmseg_volo.look import look
+
+    look(**args)
 
 
 def _add_classify(parser: argparse.ArgumentParser) -> None:
@@ -94,5 +126,6 @@ def _classify(args: dict) -> int:
 COMMANDS = {
     'test': ("Measure a checkpoint on a config's test set.", _add_test, _test),
     'infer': ('Segment images and videos: overlays, label maps, probabilities.', _add_infer, _infer),
+    'look': ('Look at predicted labels in a browser, and correct them.', _add_look, _look),
     'classify': ('Classify images, or measure a classifier on ImageNet.', _add_classify, _classify),
 }

@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -7,6 +8,11 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get('MMSEG_VOLO_DATA', ROOT / 'data'))
+
+BROWSER_FLAGS = [
+    *('--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run'),
+    *('--disable-background-networking', '--disable-component-update', '--disable-sync'),
+]
 
 
 def data_folder(name: str) -> Path:
@@ -25,6 +31,18 @@ def camvid() -> Path:
 @pytest.fixture(scope='session')
 def ade20k() -> Path:
     return data_folder('ade20k')
+
+
+@pytest.fixture(scope='module')
+def browser():
+    playwright = pytest.importorskip('playwright.sync_api', reason='no playwright')
+    chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+    if chromium is None:
+        pytest.skip('no Chromium: apt-get install chromium')
+    with playwright.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=chromium, args=BROWSER_FLAGS)
+        yield browser
+        browser.close()
 
 
 def pytest_configure() -> None:

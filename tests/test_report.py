@@ -346,23 +346,6 @@ def test_format_refuses_other_options_and_data_sets(place, unlabelled, monkeypat
 
 # In a browser
 
-FLAGS = [
-    *('--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run'),
-    *('--disable-background-networking', '--disable-component-update', '--disable-sync'),
-]
-
-
-@pytest.fixture(scope='module')
-def browser():
-    playwright = pytest.importorskip('playwright.sync_api', reason='no playwright')
-    chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
-    if chromium is None:
-        pytest.skip('no Chromium: apt-get install chromium')
-    with playwright.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=chromium, args=FLAGS)
-        yield browser
-        browser.close()
-
 
 def test_a_click_on_a_heading_sorts_the_images(browser, measured, tmp_path):
     page = browser.new_page()

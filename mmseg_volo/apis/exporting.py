@@ -13,13 +13,13 @@ import torch
 from mmengine.config import Config
 from mmseg.apis import init_model
 from mmseg.registry import DATASETS
-from torch import Tensor, nn
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from .._files import whole_with_companions
 from ..checkpoints.download import local_copy
 from ..checkpoints.wording import first_sentence
-from ..config import data_sets, output_path, without_steps
+from ..config import LABEL_LOADERS, data_sets, output_path, without_steps
 from ..datasets.checks import check_data
 from ..errors import UserError
 from ..export import onnx_file, program_file, rounding
@@ -108,7 +108,7 @@ class _Model:
     pictures, ``foreign`` the names of layers that are not ours.
     """
 
-    network: nn.Module
+    network: Any
     description: dict[str, Any]
     reference: str = f'PyTorch {torch.__version__.partition("+")[0]}'
     cfg: Config | None = None
@@ -119,7 +119,7 @@ class _Model:
         """Shapes of the images with which the file is checked."""
         if self.size:
             return [(batch, 3, *self.size) for batch in (1, 3)]
-        return [(batch, 3, height, width) for batch, height, width in SIZES]
+        return [(batch, self.network.channels, height, width) for batch, height, width in SIZES]
 
 
 class _Steps:
@@ -234,7 +234,7 @@ def _training_images(model: _Model, seed: int) -> Iterator[Tensor]:
     """Training images in random order, as the network gets them in inference: resized, a window of each, normalised."""
     assert model.cfg is not None
     segmentor: Any = model.network.segmentor
-    steps = without_steps(data_sets(model.cfg.test_dataloader.dataset)[0].pipeline, ['LoadAnnotations'])
+    steps = without_steps(data_sets(model.cfg.test_dataloader.dataset)[0].pipeline, LABEL_LOADERS)
     sets = [
         DATASETS.build({**settings, 'pipeline': steps}) for settings in data_sets(model.cfg.train_dataloader.dataset)
     ]

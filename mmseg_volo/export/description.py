@@ -9,7 +9,7 @@ from mmseg.registry import DATASETS
 from torch import Tensor
 
 from .._version import __version__
-from ..config import data_sets, type_name, without_steps
+from ..config import LABEL_LOADERS, data_sets, type_name, without_steps
 from ..errors import UserError
 from ..models.named_classifiers import NamedClassifier
 from ..models.segmentor import last_head
@@ -23,7 +23,7 @@ FORMS: dict[str, dict[str, Callable[[Any], bool]]] = dict(
     segmentation=dict(
         classes=lambda value: _is_list(value, str),
         palette=lambda value: _is_list(value, list) and all(len(c) == 3 and _is_list(c, int) for c in value),
-        channels=lambda value: value in ('RGB', 'BGR'),
+        channels=lambda value: value in ('RGB', 'BGR', 'bands'),
         mean=lambda value: _is_list(value, int | float),
         std=lambda value: _is_list(value, int | float),
         threshold=lambda value: value is None or isinstance(value, int | float),
@@ -34,7 +34,7 @@ FORMS: dict[str, dict[str, Callable[[Any], bool]]] = dict(
         transform=lambda value: isinstance(value, dict) and value.keys() == TRANSFORM,
     ),
 )
-NOT_GEOMETRY = ('LoadImageFromFile', 'LoadImageFromNDArray', 'LoadAnnotations', 'PackSegInputs')
+NOT_GEOMETRY = ('LoadImageFromFile', 'LoadImageFromNDArray', 'LoadRasterFromFile', *LABEL_LOADERS, 'PackSegInputs')
 
 
 def describe_segmentor(cfg: Config, model: Any, meta: Mapping, name: str) -> dict[str, Any]:
@@ -92,8 +92,13 @@ def describe_classifier(named: NamedClassifier, classes: Sequence[str]) -> dict[
 def normalisation(data_preprocessor: Any) -> dict[str, Any]:
     """Order of the channels, and what is subtracted from pixels of 0 to 255 before they are divided."""
     is_set = data_preprocessor._enable_normalize
+    bands = data_preprocessor.mean.numel() if is_set else 3
     return dict(
-        channels='RGB' if data_preprocessor._channel_conversion else 'BGR',  # OpenCV decodes to BGR
+        channels='bands'
+        if bands != 3
+        else 'RGB'
+        if data_preprocessor._channel_conversion
+        else 'BGR',  # as OpenCV reads
         mean=_decimals(data_preprocessor.mean) if is_set else [0.0, 0.0, 0.0],
         std=_decimals(data_preprocessor.std) if is_set else [1.0, 1.0, 1.0],
     )

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmengine.config import Config
+from torch import nn
 
 from .._device import resolve_device
 from ..config import data_sets
@@ -69,7 +70,8 @@ def load_exported(model: Any, path: str, dataset: Mapping, openvino: bool = Fals
         if actual != value:
             name = key.replace('_', ' ')
             raise UserError(f'{path} was exported with {name} {actual}, but the config has {value}')
-    for part in ('backbone', 'neck', 'auxiliary_head'):
+    model.backbone = nn.Identity()
+    for part in ('neck', 'auxiliary_head'):
         if hasattr(model, part):
             delattr(model, part)
     model.network = runtime

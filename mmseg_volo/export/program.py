@@ -19,6 +19,8 @@ class Network(nn.Module):
 
     Args:
         segmentor: an ``EncoderDecoder``; its auxiliary heads are removed, because they only train.
+
+    ``channels`` is C.
     """
 
     def __init__(self, segmentor: Any):
@@ -26,6 +28,7 @@ class Network(nn.Module):
         if segmentor.with_auxiliary_head:
             del segmentor.auxiliary_head
         self.segmentor = segmentor
+        self.channels = getattr(segmentor, 'image_channels', 3)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[B, classes, H, W]``."""
@@ -33,8 +36,8 @@ class Network(nn.Module):
 
 
 def record(network: nn.Module, size: tuple[int, int] | None) -> ExportedProgram:
-    """Record ``network``, from images ``[B, 3, H, W]`` to logits, for any batch and, if ``size`` is None, any size."""
-    example = torch.zeros(2, 3, *(size or EXAMPLE))
+    """Record ``network``, from images ``[B, C, H, W]`` to logits, for any batch and, if ``size`` is None, any size."""
+    example = torch.zeros(2, getattr(network, 'channels', 3), *(size or EXAMPLE))
     axes = {0: Dim.DYNAMIC} if size else {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
     network.requires_grad_(False).eval()
     with torch.no_grad(), no_shape_cache():

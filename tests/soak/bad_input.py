@@ -9,16 +9,19 @@ import argparse
 import ast
 import contextlib
 import gc
+import http.client
 import io
 import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import select
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -384,6 +387,86 @@ def commands(case: tuple) -> tuple[str, list]:
     return tool, words + (options() if tool in ('train', 'test', 'infer', 'check-data') else [])
 
 
+# Requests to the page of look.
+
+texts = st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=20)
+numbers = st.one_of(st.integers(-2, 12), st.integers(), texts)
+paths = st.one_of(
+    st.builds(
+        '/api/pictures/{}{}{}'.format,
+        numbers,
+        st.sampled_from(['', '/view', '/labels', '/confidence', '/truth', '/saved', '/..']),
+        st.one_of(st.just(''), st.builds('?left={}&top={}&width={}&height={}'.format, *[numbers] * 4)),
+    ),
+    st.sampled_from(['/', '/api/album', '/api/pictures', '/page.js', '/../server.py']),
+    numbers.map('/api/ranked?since={}'.format),
+    texts.map('/{}'.format),
+)
+bodies = st.one_of(
+    st.none(),
+    st.binary(max_size=100),
+    st.tuples(pictures, damages).map(lambda drawn: damaged(encoded(*drawn[0]), drawn[1])),
+    st.builds(lambda size, value: bytes([value]) * (size[0] * size[1]), st.sampled_from(SIZES), st.integers(0, 255)),
+)
+headers = st.fixed_dictionaries(
+    {},
+    optional={
+        'X-Version': st.one_of(texts, st.just('*'), st.just('none')),
+        **dict.fromkeys(('Content-Encoding', 'Content-Type', 'Host', 'Origin', 'Range', 'X-Name', 'X-Token'), texts),
+    },
+)
+methods = st.sampled_from(['GET', 'GET', 'PUT', 'PUT', 'POST', 'POST', 'DELETE', 'HEAD', 'OPTIONS', 'PATCH'])
+requests = st.tuples(paths.map(lambda path: path.replace('#', '')), methods, bodies, headers)
+
+
+def ask(port: int, request: tuple, token: str) -> tuple[int, bytes]:
+    """Status and body of the answer to one of ``requests``, which may replace the token and the host."""
+    path, method, body, more = request
+    connection = http.client.HTTPConnection('127.0.0.1', port, timeout=LIMIT)
+    connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
+    for name, value in ({'Host': f'127.0.0.1:{port}', 'X-Token': token} | more).items():
+        connection.putheader(name, value)
+    if body is not None:
+        connection.putheader('Content-Length', str(len(body)))
+    connection.endheaders(body)
+    with contextlib.closing(connection):
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+
+
+page_cases = st.tuples(
+    st.lists(files, max_size=4, unique_by=lambda file: file[0] + file[1]), st.lists(requests, min_size=1, max_size=20)
+)
+
+
+def page(case: tuple) -> tuple[str, list]:
+    """Requests to look, which shows a sound picture and others, and ends by Ctrl-C."""
+    others, asked = case
+    Path('in').mkdir()
+    Path('in/sound.png').symlink_to(Path('picture.png').resolve())
+    for stem, suffix, content in others:
+        with contextlib.suppress(FileExistsError, OSError):
+            put(Path('in', stem + suffix), content)
+
+    printed = sys.stdout
+
+    def visit() -> None:
+        found = None
+        while not found:
+            time.sleep(0.01)
+            if sys.stdout is not printed:  # ``complaint`` has redirected it
+                found = re.search(rb':([0-9]+)/#token=(\S+)', sys.stdout.buffer.getvalue())
+        try:
+            for request in asked:
+                ask(int(found[1]), request, found[2].decode())
+        except Exception:  # no answer, or none that is HTTP
+            traceback.print_exc()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=visit, daemon=True).start()
+    return 'look', [CONFIG, CHECKPOINT, 'in', '--port', '0', *options()]
+
+
 DOORS = {  # number of draws of BATCH cases with --short
     images: (images_cases, 5),
     labels: (labels_cases, 8),
@@ -391,6 +474,7 @@ DOORS = {  # number of draws of BATCH cases with --short
     config_files: (config_files_cases, 15),
     checkpoints: (checkpoints_cases, 3),
     commands: (commands_cases, 40),
+    page: (page_cases, 5),
 }
 
 
