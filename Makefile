@@ -8,7 +8,7 @@ BIN := .venv/bin
 .venv/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "mmseg_volo requires Python 3.10 or newer; try: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[onedl,report,look,tensorboard,pretrain,completion,datasets,docs,dev]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[onedl,report,look,tensorboard,pretrain,geo,completion,datasets,docs,dev]' --constraint constraints.txt
 	touch $@
 
 demo: .venv/installed
@@ -17,7 +17,7 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-SOAK := bad_input bounded hostile_files kills non_finite processes same_seed
+SOAK := bad_input bounded hostile_files hostile_rasters kills large_raster non_finite processes ray_kills same_seed
 
 soak: $(SOAK:%=soak-%)
 soak-short: $(SOAK:%=short-%)

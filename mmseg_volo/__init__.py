@@ -6,7 +6,14 @@ require_one_stack()  # before the imports below run into what it explains
 
 from ._version import __version__  # noqa: E402
 from .checkpoints import DurableCheckpointHook, use_safe_loader  # noqa: E402
-from .datasets import CamVidDataset, FolderDataset, PhotoMetricDistortion, RandomCrop  # noqa: E402
+from .datasets import (  # noqa: E402
+    CamVidDataset,
+    FolderDataset,
+    LoadRasterAnnotations,
+    LoadRasterFromFile,
+    PhotoMetricDistortion,
+    RandomCrop,
+)
 from .engine import (  # noqa: E402
     BackboneLayerDecayConstructor,
     BeginSample,
@@ -30,6 +37,7 @@ from .models import (  # noqa: E402
     CoAtNet,
     FCNHead,
     MultiLevelNeck,
+    RasterDataPreProcessor,
     SegformerHead,
     SlidingCascadeSegmentor,
     SlidingSegmentor,
@@ -55,11 +63,14 @@ __all__ = [
     'FCNHead',
     'FolderDataset',
     'IterationSeedHook',
+    'LoadRasterAnnotations',
+    'LoadRasterFromFile',
     'MultiLevelNeck',
     'NonFiniteLossHook',
     'OneClassWarningHook',
     'PhotoMetricDistortion',
     'RandomCrop',
+    'RasterDataPreProcessor',
     'SegformerHead',
     'SegmentationMetric',
     'SideBySideHook',

@@ -18,12 +18,17 @@ PARTIAL = '.partial-'  # prefix of the name of a file that is being written
 def whole(path: Path) -> Iterator[Path]:
     """Yield a temporary path that is renamed to ``path`` on success and removed on an error: whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(PARTIAL + path.name)  # the same suffix, from which OpenCV takes the format
+    partial = partial_file(path)
     try:
         yield partial
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def partial_file(path: Path) -> Path:
+    """Where ``whole`` keeps ``path`` until it is complete."""
+    return path.with_name(PARTIAL + path.name)  # the same suffix, from which FFmpeg and others take the format
 
 
 def file_sha256(path: Path) -> str:

@@ -12,6 +12,7 @@ from .errors import UserError
 
 CONFIGS = Path(__file__).parent / 'configs'  # in a clone, a link to the folder of that name at the top level
 SPLITS = ('train', 'val', 'test')
+LABEL_LOADERS = ('LoadAnnotations', 'LoadRasterAnnotations')  # steps of a pipeline
 # Types of the values that the commands read; mmengine builds or refuses the rest.
 KINDS = {
     'model': dict,

@@ -55,7 +55,7 @@ def _add_make_token_labels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--checkpoint', metavar='FILE', help="its weights (default: download timm's)")
     parser.add_argument('--batch-size', type=int, default=32, help='images per forward pass ' + DEFAULT)
     parser.add_argument('--workers', type=int, default=4, help='processes that read images ' + DEFAULT)
-    parser.add_argument('--skip-existing', action='store_true', help='keep whole files of an earlier run, and continue')
+    parser.add_argument('--resume', action='store_true', help='continue an earlier run: keep its files that are whole')
     add_device(parser, numbered=True)
 
 

@@ -31,7 +31,7 @@ def _test(args: dict) -> None:
 def _add_infer(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument(
-        'images', nargs='*', metavar='IMAGE', help='images, videos, folders (with subfolders) or patterns'
+        'images', nargs='*', metavar='IMAGE', help='images, videos, folders (with subfolders), patterns or @LIST'
     )
     parser.add_argument('--out-dir', default='out', metavar='DIR', help='gets vis/, pred/ and others ' + DEFAULT)
     parser.add_argument(
@@ -50,7 +50,21 @@ def _add_infer(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument('--tta', action='store_true', help='average predictions over several scales and flips')
     parser.add_argument('--amp', action='store_true', help='mixed precision: bfloat16, or float16 on older GPUs')
+    parser.add_argument('--bands', nargs='+', type=int, metavar='N', help='bands of TIFF files to use, from 1')
     add_compile(parser)
+    parser.add_argument(
+        '--resume', action='store_true', help='leave out finished files, and go on with unfinished rasters'
+    )
+    parser.add_argument(
+        '--ray',
+        nargs='?',
+        const='local',
+        metavar='HOST:PORT',
+        help='use several processes: of a Ray cluster, or without an address on this machine',
+    )
+    parser.add_argument(
+        '--workers', type=int, metavar='N', help='processes with --ray (default: 2, or all of a cluster)'
+    )
     add_device(parser, numbered=True)
 
 

@@ -12,7 +12,8 @@ from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
-from parity import error
+from parity import assert_close, error
+from timm.layers import Mlp
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -20,6 +21,7 @@ from mmseg_volo import HVT, VOLO, CoAtNet
 from mmseg_volo.benchmark.memory import LiveMemory
 from mmseg_volo.errors import UserError
 from mmseg_volo.models.backbone import Backbone
+from mmseg_volo.ops import recompute
 
 CLIENTS: dict[str, Callable[..., Backbone]] = {
     'VOLO': partial(
@@ -29,7 +31,7 @@ CLIENTS: dict[str, Callable[..., Backbone]] = {
     ),
     'CoAtNet': partial(
         CoAtNet,
-        dict(depths=(1, 1, 1, 1), widths=(8, 16, 32, 48), stem_widths=(8, 8), head_width=16),
+        dict(depths=(1, 1, 2, 1), widths=(8, 16, 32, 48), stem_widths=(8, 8), head_width=16),
         img_size=64,
     ),
     'HVT': partial(HVT, dict(layers=(1, 1, 1, 1), strides=(1, 2, 2, 4), embed_dim=32, num_heads=2), img_size=64),
@@ -225,6 +227,134 @@ def test_checkpointing_saves_memory_and_changes_no_bit(make):
         assert torch.equal(a.grad, b.grad), name
     for (name, a), b in zip(lean.named_buffers(), plain.buffers(), strict=True):
         assert torch.equal(a, b), name  # the running statistics were updated once
+
+
+# Recomputing the activations of a block
+
+
+def plain_and_lean(make, **kwargs) -> tuple[Backbone, Backbone]:
+    """The same backbone without and with recomputing, in float64."""
+    plain, lean = (make(recompute_activations=on, **kwargs).double().train() for on in (False, True))
+    return plain, lean
+
+
+def assert_equal_training(plain: Backbone, lean: Backbone) -> None:
+    """Assert that maps and gradients are equal, for the same random numbers."""
+    x = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    found = []
+    for model in (plain, lean):
+        torch.manual_seed(1)
+        outputs = model(x)
+        backward(outputs)
+        found.append(outputs)
+    for a, e in zip(found[1], found[0], strict=True):
+        assert_close(a.detach(), e.detach())
+    for (name, a), e in zip(lean.named_parameters(), plain.parameters(), strict=True):
+        assert (a.grad is None) == (e.grad is None), name
+        if e.grad is not None:
+            assert_close(a.grad, e.grad, what=name)
+
+
+@pytest.mark.parametrize('rows', [2048, 7])
+def test_recomputing_keeps_less_and_changes_no_number(make, rows, monkeypatch):
+    monkeypatch.setattr(recompute, 'ROWS', rows)
+    plain, lean = plain_and_lean(make, drop_path_rate=0.3)
+    assert_equal_training(plain, lean)
+    kept = []
+    for model in (plain, lean):
+        with LiveMemory() as memory:
+            outputs = model(torch.randn(2, 3, 64, 96, dtype=torch.float64))
+            kept.append(memory.live())
+        del outputs
+    assert kept[1] < kept[0]
+
+
+@pytest.mark.parametrize('kind', ['forward_pre_hook', 'forward_hook', 'full_backward_pre_hook', 'full_backward_hook'])
+def test_hooks_on_inner_modules_fire_under_recomputing(make, kind):
+    models = plain_and_lean(make)
+    fired: list[set[str]] = [set(), set()]
+    for names, model in zip(fired, models, strict=True):
+        blocks = [name for name, module in model.named_modules() if hasattr(module, 'recompute')]
+        for name, module in model.named_modules():
+            if name.startswith(tuple(f'{block}.' for block in blocks)):  # stems have activations in place
+                getattr(module, f'register_{kind}')(lambda *_, name=name, names=names: names.add(name))
+    assert_equal_training(*models)
+    assert fired[1] == fired[0]
+    assert any(name.endswith('mlp.act') for name in fired[1]) and any(name.endswith('norm1') for name in fired[1])
+
+
+class LoRA(nn.Module):
+    """A frozen linear layer or 1x1 convolution plus the trained product of two narrow ones."""
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d):
+        super().__init__()
+        out, width = layer.weight.shape[:2]
+        kind, size = (nn.Linear, ()) if isinstance(layer, nn.Linear) else (nn.Conv2d, (1,))
+        self.layer = layer.requires_grad_(False)
+        self.down, self.up = kind(width, 2, *size, bias=False), kind(2, out, *size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) + self.up(self.down(x))
+
+
+def test_adapters_in_attention_and_mlp_train_alike_under_recomputing(make):
+    models = plain_and_lean(make)
+    for model in models:
+        torch.manual_seed(1)
+        for module in list(model.modules()):
+            for name in ('qkv', 'v', 'fc1', 'fc2'):
+                if isinstance(getattr(module, name, None), nn.Linear | nn.Conv2d):
+                    setattr(module, name, LoRA(getattr(module, name)).double())
+    assert sum(isinstance(module, LoRA) for module in models[1].modules()) > 6
+    assert_equal_training(*models)
+    adapted = [(name, p) for name, p in models[1].named_parameters() if '.up.' in name or '.down.' in name]
+    assert all(p.grad.abs().sum() > 0 for _, p in adapted)
+
+
+def test_recomputing_under_autocast_errs_at_most_twice_as_much(make):
+    exact = plain_and_lean(make)[0]
+    x = torch.randn(2, 3, 64, 96)
+    backward(exact(x.double()))
+    errors = []
+    for on in (False, True):
+        model = make(recompute_activations=on).train()
+        with torch.autocast('cpu', torch.bfloat16):
+            outputs = model(x)
+        backward([y.float() for y in outputs])
+        gradients = zip(model.parameters(), exact.parameters(), strict=True)
+        errors.append([error(p.grad, e.grad) for p, e in gradients])
+    for (name, _), plain, lean in zip(exact.named_parameters(), *errors, strict=True):
+        assert lean <= max(2 * plain, 4e-3), name
+
+
+@pytest.mark.parametrize('shape', [(2, 3, 4, 6), (0, 3, 4, 6)], ids=['two images', 'none'])
+@pytest.mark.parametrize('frozen', [[], ['x'], ['norm', 'fc1'], ['x', 'norm', 'fc2']], ids=str)
+def test_an_mlp_in_parts_equals_the_whole(shape, frozen, monkeypatch):
+    torch.manual_seed(0)
+    modules = nn.ModuleDict(dict(norm=nn.LayerNorm(6), mlp=Mlp(6, 24, 5))).double()
+    for name, parameter in modules.named_parameters():
+        parameter.requires_grad_(not any(f'{part}.' in name for part in frozen))
+    x = torch.randn(shape, dtype=torch.float64, requires_grad='x' not in frozen)
+    trained = [p for p in (x, *modules.parameters()) if p.requires_grad]
+    found = []
+    for rows in (2048, 7):
+        monkeypatch.setattr(recompute, 'ROWS', rows)
+        y = recompute.norm_mlp(x, modules['norm'], modules['mlp'])
+        found.append([y.detach(), *torch.autograd.grad(y.square().sum(), trained)])
+    with torch.no_grad():
+        found.append([recompute.norm_mlp(x, modules['norm'], modules['mlp'])])
+    for a, e in zip(found[1], found[0], strict=True):
+        assert torch.allclose(a, e, rtol=1e-10, atol=1e-12)
+    assert torch.equal(found[2][0], found[1][0])
+
+
+def test_a_second_backward_pass_finds_the_stored_tensors_unchanged(make):
+    _, lean = plain_and_lean(make, drop_path_rate=0.3)
+    loss = sum(y.square().mean() for y in lean(torch.randn(2, 3, 64, 96, dtype=torch.float64)))
+    loss.backward(retain_graph=True)
+    once = [p.grad.clone() for p in lean.parameters()]
+    loss.backward()
+    assert all(torch.equal(p.grad, 2 * g) for p, g in zip(lean.parameters(), once, strict=True))
 
 
 def test_layers_hold_every_parameter_but_the_output_norms_once(make):

@@ -79,10 +79,9 @@ def test_attention_is_compared_with_all_gradients(small, monkeypatch, capsys):
 @pytest.mark.filterwarnings('ignore:flex_attention called without torch.compile')
 def test_flex_attention_has_the_same_bias():
     torch.manual_seed(0)
-    q, k, v = torch.randn(3, 1, 2, 15, 16)
-    table = torch.randn(2, 5, 9)
-    found = attention.flex_attention(q, k, v, table, (3, 5))
-    assert torch.allclose(found, attention.biased_attention(q, k, v, table, grid=(3, 5)), atol=1e-6)
+    qkv, table = torch.randn(3, 1, 2, 15, 16), torch.randn(2, 5, 9)
+    found = attention.flex_attention(*qkv, table, (3, 5))
+    assert torch.allclose(found, attention.biased_attention(qkv, table, grid=(3, 5)), atol=1e-6)
 
 
 def test_the_command_offers_every_table(capsys):

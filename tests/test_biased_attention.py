@@ -6,7 +6,13 @@ from parity import assert_close, error
 
 from mmseg_volo.benchmark.memory import peak_bytes
 from mmseg_volo.ops import biased_attention
-from mmseg_volo.ops.biased_attention import CHUNK, biased_attention_op, biased_attention_reference, relative_bias
+from mmseg_volo.ops.biased_attention import (
+    CHUNK,
+    biased_attention_backward_op,
+    biased_attention_op,
+    biased_attention_reference,
+    relative_bias,
+)
 
 NAMES = ['d q', 'd k', 'd v', 'd table']
 CASES = [
@@ -22,11 +28,10 @@ CASES = [
 def inputs(case: tuple, dtype: torch.dtype = torch.float64, table_dtype: torch.dtype | None = None) -> list:
     B, heads, d, (h, w) = case
     generator = torch.Generator().manual_seed(0)
-    shapes = [*[(B, heads, h * w, d)] * 3, (heads, 2 * h - 1, 2 * w - 1)]
-    dtypes = [*[dtype] * 3, table_dtype or dtype]
+    shapes = (3, B, heads, h * w, d), (heads, 2 * h - 1, 2 * w - 1)
     return [
         torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-        for shape, dtype in zip(shapes, dtypes, strict=True)
+        for shape, dtype in zip(shapes, (dtype, table_dtype or dtype), strict=True)
     ]
 
 
@@ -34,8 +39,8 @@ def results(function, tensors: list, grid: tuple, **options) -> dict:
     """Output and all gradients, for a random cotangent that all dtypes share."""
     y = function(*tensors, grid=grid, **options)
     cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype)
-    gradients = torch.autograd.grad(y, tensors, cotangent)
-    return {'output': y.detach(), **dict(zip(NAMES, gradients, strict=True))}
+    dqkv, dtable = torch.autograd.grad(y, tensors, cotangent)
+    return {'output': y.detach(), **dict(zip(NAMES, (*dqkv, dtable), strict=True))}
 
 
 @pytest.fixture(params=['one row of one head', 'two rows of all heads', 'everything'])
@@ -67,7 +72,8 @@ def test_equals_attention_with_the_whole_bias_in_float64(case, chunk):
     chunk(case)
     grid = case[-1]
 
-    def plain(q, k, v, table, grid):
+    def plain(qkv, table, grid):
+        q, k, v = qkv
         scores = q @ k.mT * q.shape[-1] ** -0.5 + relative_bias(table, grid)
         return scores.softmax(-1) @ v
 
@@ -98,9 +104,9 @@ def test_images_that_fit_are_processed_together(monkeypatch):
 
 
 def test_one_token_is_its_value():
-    q, k, v, table = inputs((2, 3, 4, (1, 1)))
-    found = results(biased_attention, [q, k, v, table], (1, 1))
-    assert torch.equal(found['output'], v)
+    qkv, table = inputs((2, 3, 4, (1, 1)))
+    found = results(biased_attention, [qkv, table], (1, 1))
+    assert torch.equal(found['output'], qkv[2])
     assert all(torch.equal(found[name], torch.zeros_like(found[name])) for name in ('d q', 'd k', 'd table'))
 
 
@@ -144,26 +150,34 @@ def test_autocast_has_the_dtypes_of_torchs_attention():
         assert biased_attention(*doubles, grid=case[-1]).dtype == torch.float64
 
 
-def test_strided_and_expanded_tensors_give_the_same():
-    B, heads, d, (h, w) = case = CASES[-1]
-    q, k, v, table = inputs(case)
-    expected = results(biased_attention, [q, k, v, table], (h, w))
-    packed = torch.cat([q, k, v], -1).transpose(1, 2).contiguous().detach().requires_grad_()
-    strided = packed.transpose(1, 2).chunk(3, -1)
-    assert not any(x.is_contiguous() for x in strided)
-    transposed = table.mT.contiguous().mT
-    found = results(biased_attention, [*strided, transposed], (h, w))
+@pytest.mark.parametrize('order', [(3, 0, 2, 1, 4), (2, 0, 3, 1, 4), (4, 0, 1, 3, 2)], ids=str)
+def test_other_strides_give_the_same_and_gradients_of_the_same_strides(order):
+    qkv, table = inputs(case := CASES[-1])
+    expected = results(biased_attention, [qkv, table], case[-1])
+    inverse = sorted(range(5), key=order.__getitem__)
+    strided = qkv.detach().permute(inverse).contiguous().permute(order).requires_grad_()
+    assert not strided.is_contiguous()
+    transposed = table.detach().mT.contiguous().mT.requires_grad_()
+    found = results(biased_attention, [strided, transposed], case[-1])
     for name in expected:
         assert error(found[name], expected[name]) < 1e-13, name
-    # The gradient of a sum is expanded from one number.
-    ours, theirs = (
-        torch.autograd.grad(function(q, k, v, table, grid=(h, w)).sum(), v)[0]
-        for function in (biased_attention, biased_attention_reference)
-    )
-    assert error(ours, theirs) < 1e-13
+    gradient, _ = biased_attention_backward_op(found['output'], strided, table, *case[-1], 1.0)
+    assert gradient.stride() == strided.stride()
 
 
-@pytest.mark.parametrize('number', range(4), ids=NAMES)
+def test_expanded_tensors_give_the_same():
+    qkv, table = inputs(case := CASES[-1])
+    one = qkv[:, :1].detach().requires_grad_()  # one image for the batch
+    for packed in (qkv, one.expand_as(qkv)):
+        leaf = qkv if packed is qkv else one
+        ours, theirs = (  # the gradient of a sum is expanded from one number
+            torch.autograd.grad(function(packed, table, grid=case[-1]).sum(), leaf)[0]
+            for function in (biased_attention, biased_attention_reference)
+        )
+        assert error(ours, theirs) < 1e-13
+
+
+@pytest.mark.parametrize('number', range(2), ids=['qkv', 'table'])
 def test_one_gradient_alone_is_the_same(number):
     case = CASES[1]
     tensors = inputs(case)
@@ -172,7 +186,7 @@ def test_one_gradient_alone_is_the_same(number):
     y = biased_attention(*frozen, grid=case[-1])
     cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     (found,) = torch.autograd.grad(y, frozen[number], cotangent)
-    assert torch.equal(found, expected[NAMES[number]])
+    assert torch.equal(found, expected['d table'] if number else torch.stack([expected[name] for name in NAMES[:3]]))
 
 
 def test_two_runs_give_the_same_bits():
@@ -213,9 +227,9 @@ def test_memory_at_4096_tokens_is_that_of_a_few_chunks():
     assert own < peak < own + 128 * 2**20  # the scores of all pairs are 768 MiB
 
 
-def test_dropout_of_the_definition_drops_weights():
-    q, k, v, table = inputs((1, 1, 4, (8, 8)))
-    y = biased_attention_reference(q, k, torch.ones_like(v), table, grid=(8, 8), dropout=0.5)
+def test_dropout_drops_weights():
+    qkv, table = inputs((1, 1, 4, (8, 8)))
+    y = biased_attention(torch.cat([qkv[:2], torch.ones_like(qkv[:1])]), table, grid=(8, 8), dropout=0.5)
     assert y.std() > 0.01 and abs(y.mean() - 1) < 0.1
 
 
@@ -230,8 +244,8 @@ def test_compiles_and_exports_as_one_operator():
     tensors = inputs(case, torch.float32)
 
     class Model(torch.nn.Module):
-        def forward(self, q, k, v, table):
-            return biased_attention(q, k, v, table, grid=case[-1]).relu()
+        def forward(self, qkv, table):
+            return biased_attention(qkv, table, grid=case[-1]).relu()
 
     compiled = torch.compile(Model(), backend='aot_eager', fullgraph=True)
     assert torch.equal(compiled(*tensors), Model()(*tensors))
@@ -260,7 +274,7 @@ def test_flops_are_those_of_the_products():
 def test_an_empty_batch_gives_an_empty_batch():
     tensors = inputs((0, 2, 4, (3, 5)))
     found = results(biased_attention, tensors, (3, 5))
-    assert found['output'].shape == (0, 2, 15, 4) and torch.equal(found['d table'], torch.zeros_like(tensors[3]))
+    assert found['output'].shape == (0, 2, 15, 4) and torch.equal(found['d table'], torch.zeros_like(tensors[1]))
 
 
 @pytest.mark.parametrize(
@@ -268,18 +282,16 @@ def test_an_empty_batch_gives_an_empty_batch():
     [
         (dict(grid=(3,)), r'grid must be two positive numbers, got \(3,\)'),
         (dict(grid=(0, 5)), r'grid must be two positive numbers, got \(0, 5\)'),
-        (dict(grid=(4, 5)), r'q must be \[B, heads, 4 \* 5, d\] for grid \(4, 5\), got shape \(1, 2, 15, 4\)'),
-        (dict(q=torch.zeros(2, 15, 4)), r'q must be .* got shape \(2, 15, 4\)'),
-        (dict(k=torch.zeros(1, 2, 15, 8)), r'q, k and v must have one shape, got .*\(1, 2, 15, 8\)'),
-        (dict(v=torch.zeros(2, 2, 15, 4)), r'q, k and v must have one shape, got .*\(2, 2, 15, 4\)'),
+        (dict(grid=(4, 5)), r'qkv must be \[3, B, heads, 4 \* 5, d\] for grid \(4, 5\), got .*\(3, 1, 2, 15, 4\)'),
+        (dict(qkv=torch.zeros(3, 2, 15, 4)), r'qkv must be .* got shape \(3, 2, 15, 4\)'),
+        (dict(qkv=torch.zeros(2, 1, 2, 15, 4)), r'qkv must be .* got shape \(2, 1, 2, 15, 4\)'),
+        (dict(qkv=torch.zeros(3, 1, 2, 15, 0)), r'qkv must be .* got shape \(3, 1, 2, 15, 0\)'),
         (dict(table=torch.zeros(2, 9, 5)), r'table must have shape \(2, 5, 9\) for grid \(3, 5\), got \(2, 9, 5\)'),
-        (dict(v=torch.zeros(1, 2, 15, 4, dtype=torch.float64)), 'one floating-point dtype .* got .*torch.float64'),
-        (dict(table=torch.zeros(2, 5, 9, dtype=torch.int64)), 'table a floating-point one, got .*torch.int64'),
-        (dict(table=torch.zeros(2, 5, 9, device='meta')), "must be on one device, got .*'meta'"),
+        (dict(table=torch.zeros(2, 5, 9, dtype=torch.int64)), 'floating-point dtypes, got torch.float32 and .*int64'),
+        (dict(table=torch.zeros(2, 5, 9, device='meta')), 'must be on one device, got cpu and meta'),
     ],
 )
 def test_wrong_arguments_are_errors_with_the_values(change, message):
-    tensors = dict(zip('qkv', torch.zeros(3, 1, 2, 15, 4), strict=True))
-    arguments = dict(tensors, table=torch.zeros(2, 5, 9), grid=(3, 5)) | change
+    arguments = dict(qkv=torch.zeros(3, 1, 2, 15, 4), table=torch.zeros(2, 5, 9), grid=(3, 5)) | change
     with pytest.raises(ValueError, match=message):
         biased_attention(**arguments)

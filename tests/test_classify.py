@@ -79,7 +79,7 @@ def test_logits_of_coatnet_equal_timms_with_timms_tensors_loaded_strictly(arch):
 @pytest.mark.parametrize('arch', HVT_PUBLISHED)
 def test_logits_of_hvt_equal_the_authors_form(arch):
     torch.manual_seed(0)
-    width, parameters = HVT_PUBLISHED[arch]
+    width, parameters, _ = HVT_PUBLISHED[arch]
     ours = HVTClassifier(arch).double().eval()
     assert f'{sum(p.numel() for p in ours.parameters()) / 1e6:.2f}' == parameters
     reference = Reference(ours.out_channels[0], 3 if arch == 'ti1' else 6, width).double().eval()

@@ -768,7 +768,7 @@ def test_true_labels_are_replaced_only_if_asked(streets, tmp_path):
 def test_confidences_are_remembered_for_the_same_model_and_files(streets, predicted, tmp_path):
     pictures = {}
     for number in range(LAST + 1):
-        pictures[f'{number}.png'] = shutil.copy(streets.album.entries[number].path, tmp_path / f'{number}.png')
+        pictures[f'{number}.png'] = shutil.copy(streets.album.entries[number].path, str(tmp_path / f'{number}.png'))
     pictures['broken.png'] = str(streets.place / 'pictures/z_broken.png')
     file = tmp_path / 'confidence.json'
     for model, changed, known in (('a', None, []), ('a', None, [0, 1, 2]), ('a', 1, [0, 2]), ('b', None, [])):

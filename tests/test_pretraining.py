@@ -264,14 +264,14 @@ def test_labels_are_the_most_likely_classes_of_the_whole_image(place, tmp_path):
 
 def test_existing_labels_are_kept_only_when_asked_and_whole(place, tmp_path, capsys):
     label(place, tmp_path)
-    with pytest.raises(UserError, match='a/0.safetensors exists; choose another folder, or continue with --skip-exi'):
+    with pytest.raises(UserError, match='a/0.safetensors exists; choose another folder, or continue with --resume'):
         label(place, tmp_path)
     removed, damaged, kept = (tmp_path / 'a' / f'{i}.safetensors' for i in range(3))
     contents = damaged.read_bytes()
     removed.unlink()
     damaged.write_bytes(contents[:100])
     os.utime(kept, (1, 1))
-    label(place, tmp_path, skip_existing=True)
+    label(place, tmp_path, resume=True)
     assert '2 token labels of 3 x 5 x 5 written' in capsys.readouterr().out
     assert removed.is_file() and damaged.read_bytes() == contents and kept.stat().st_mtime == 1
 

@@ -43,6 +43,12 @@ MEASURED = {
     'models': ('mmseg_volo/ops', 'mmseg_volo/models'),
     'configs': ('mmseg_volo/ops', 'mmseg_volo/models'),
     'tests/soak/hostile_files.py': ('mmseg_volo/checkpoints', 'tests/soak/hostile_files.py'),
+    'tests/soak/hostile_rasters.py': (
+        'mmseg_volo/rasters.py',
+        'mmseg_volo/apis/raster.py',
+        'tests/soak/hostile_rasters.py',
+    ),
+    'tests/soak/large_raster.py': ('mmseg_volo/rasters.py', 'mmseg_volo/apis/raster.py', 'tests/soak/large_raster.py'),
     'tests/soak/kills.py': ('mmseg_volo/checkpoints', 'mmseg_volo/engine', 'tests/soak/kills.py'),
     'tests/soak/processes.py': ('mmseg_volo/engine', 'tests/soak/processes.py'),
 }

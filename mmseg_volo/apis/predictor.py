@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,16 +12,18 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmseg.apis import init_model
-from mmseg.registry import DATASETS, MODELS
+from mmseg.registry import DATASETS, MODELS, TRANSFORMS
 from torch import Tensor
 
 from .._device import mixed_precision
-from ..config import data_sets, without_steps
+from ..config import LABEL_LOADERS, data_sets, type_name, without_steps
 from ..errors import UserError
 from ..models.confidence import CERTAIN
 from ..models.pretrained import load_segmentor
 from ..models.segmentor import compile_backbone, label_map
 
+# Steps that read files, of which infer does its own.
+LOADERS = ('LoadImageFromFile', 'LoadRasterFromFile', *LABEL_LOADERS)
 ROWS = 256  # of probabilities, computed at a time
 VOID = 255  # label of pixels below --void-below
 SMALL, SLIM = 32, 16  # shortest side in pixels and aspect ratio at which the neck's coarsest level may be empty
@@ -86,13 +88,13 @@ class Predictor:
         self.model.to(device)
         if compiled:
             compile_backbone(self.model)
-        self.device, self.amp, self.void_below = device, amp, void_below
+        self.device, self.amp, self.compiled, self.void_below = device, amp, compiled, void_below
         self.tester = MODELS.build(dict(cfg.tta_model, module=self.model)) if tta else self.model
         self.segments = hasattr(self.tester, 'segment')  # SlidingSegmentor does, and needs no packing
-        steps = cfg.tta_pipeline if tta else data_sets(cfg.test_dataloader.dataset)[0].pipeline
-        # Images are already decoded and have no labels.
-        left_out = ('LoadImageFromFile', 'LoadAnnotations', *(['PackSegInputs'] if self.segments else []))
-        self.pipeline = Compose([dict(type='LoadImageFromNDArray'), *without_steps(steps, left_out)])
+        self.steps = cfg.tta_pipeline if tta else steps_of_test(cfg)
+        self.raster_loader = raster_loader(self.steps)
+        left_out = (*LOADERS, *(['PackSegInputs'] if self.segments else []))
+        self.pipeline = Compose([dict(type='LoadImageFromNDArray'), *without_steps(self.steps, left_out)])
 
     def batch_size(self, height: int = 1, width: int = 1) -> int:
         """Number of pictures of this size to compute at a time."""
@@ -114,9 +116,9 @@ class Predictor:
                         if self.void_below > 0:
                             picture.label[picture.confidence < math.ceil(self.void_below * CERTAIN)] = VOID
                     except (RuntimeError, cv2.error):
-                        if not _is_odd(picture.image):
-                            raise
                         height, width = picture.image.shape[:2]
+                        if not is_odd(height, width):
+                            raise
                         problem = f'{picture.path} is {width} x {height}, too small or too narrow for this model'
                         picture.problem = Undecodable(problem)
                 yield picture
@@ -125,7 +127,7 @@ class Predictor:
         """Yield pictures of one size together, and one that may be refused alone."""
         batch: list[Picture] = []
         for picture in pictures:
-            alone = picture.image is None or _is_odd(picture.image)
+            alone = picture.image is None or is_odd(*picture.image.shape[:2])
             if batch and (alone or picture.image.shape != batch[0].image.shape):
                 yield batch
                 batch = []
@@ -193,7 +195,17 @@ def _classes_of(dataset: dict) -> dict:
     return found.METAINFO
 
 
-def _is_odd(image: np.ndarray) -> bool:
+def is_odd(height: int, width: int) -> bool:
     """Whether a model may refuse an image for its size."""
-    height, width = image.shape[:2]
     return min(height, width) < SMALL or max(height, width) >= SLIM * min(height, width)
+
+
+def steps_of_test(cfg: Config) -> list[dict]:
+    """The pipeline of the test set."""
+    return data_sets(cfg.test_dataloader.dataset)[0].pipeline
+
+
+def raster_loader(steps: Sequence[dict]) -> Any:
+    """The step that loads rasters in place of pictures, or None."""
+    named = [step for step in steps if type_name(step) == 'LoadRasterFromFile']
+    return TRANSFORMS.build(named[0]) if named else None

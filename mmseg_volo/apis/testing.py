@@ -25,7 +25,7 @@ from .._extras import without_tensorboard
 from .._files import file_sha256
 from .._version import __version__
 from ..checkpoints.download import local_copy
-from ..config import check_tta, data_sets, make_writable, set_work_dir, without_steps
+from ..config import LABEL_LOADERS, check_tta, data_sets, make_writable, set_work_dir, without_steps
 from ..datasets.checks import check_data
 from ..engine.console import runner_on_terminal
 from ..engine.distributed import join_processes
@@ -199,8 +199,8 @@ def _leave_out_labels(cfg: Config) -> None:
     """Load no labels, because those of a benchmark's test set are secret."""
     for settings in data_sets(cfg.test_dataloader.dataset):
         settings.get('data_prefix', {}).pop('seg_map_path', None)
-        settings.pipeline = without_steps(settings.pipeline, ['LoadAnnotations'])
-    cfg.tta_pipeline = without_steps(cfg.get('tta_pipeline', []), ['LoadAnnotations'])
+        settings.pipeline = without_steps(settings.pipeline, LABEL_LOADERS)
+    cfg.tta_pipeline = without_steps(cfg.get('tta_pipeline', []), LABEL_LOADERS)
 
 
 def _use_server_format(cfg: Config, name: str, folder: Path) -> Path:

@@ -21,7 +21,7 @@ LARGE = (64, 64)  # tokens of 1024 x 1024 pixels
 PARITY = [(13, 20), TIMED]
 ROUNDS = 7
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attention = Callable[[Tensor], Tensor]
 
 
 class AttentionBench:
@@ -56,31 +56,30 @@ class AttentionBench:
         return [*rows, memory_row(f'peak of a train step {LARGE[0]}x{LARGE[1]}', peaks)]
 
     def cells(self, grid: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple]:
-        """Each form with its table, queries, keys and values, and a cotangent; the numbers are the same."""
+        """Each form with its table, packed queries, keys and values, and a cotangent; the numbers are the same."""
         torch.manual_seed(0)
         relative = RelPosBias(grid, HEADS).to(self.device)
         tensors = torch.randn(4, 1, HEADS, grid[0] * grid[1], HEAD_WIDTH, device=self.device).to(dtype)
         if dtype == torch.float64:
             tensors, relative = tensors.to(self.dtype).double(), relative.double()
-        *qkv, cotangent = tensors
-        qkv = [x.requires_grad_() for x in qkv]
+        qkv, cotangent = tensors[:3].requires_grad_(), tensors[3]
         theirs = relative.relative_position_bias_table
         table = _table(theirs.detach(), grid).clone().requires_grad_()
         cells: dict[str, tuple[Attention, Tensor]] = {
-            'ours': (lambda q, k, v: biased_attention(q, k, v, table, grid=grid), table),
-            'timm': (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, relative.get_bias()), theirs),
-            'timm unfused': (lambda q, k, v: _unfused(q, k, v, relative.get_bias()), theirs),
+            'ours': (lambda qkv: biased_attention(qkv, table, grid=grid), table),
+            'timm': (lambda qkv: F.scaled_dot_product_attention(*qkv.unbind(0), relative.get_bias()), theirs),
+            'timm unfused': (lambda qkv: _unfused(*qkv.unbind(0), relative.get_bias()), theirs),
         }
         if self.device == 'cuda':
-            cells['flex'] = lambda q, k, v: flex_attention(q, k, v, table, grid, compiled=True), table
+            cells['flex'] = lambda qkv: flex_attention(*qkv.unbind(0), table, grid, compiled=True), table
         return {name: (self._autocast(attention), own, qkv, cotangent) for name, (attention, own) in cells.items()}
 
     def _autocast(self, attention: Attention) -> Attention:
-        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if q.dtype == torch.float64:
-                return attention(q, k, v)
+        def run(qkv: Tensor) -> Tensor:
+            if qkv.dtype == torch.float64:
+                return attention(qkv)
             with autocast(self.device):
-                return attention(q, k, v)
+                return attention(qkv)
 
         return run
 
@@ -110,22 +109,22 @@ def _unfused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return scores.softmax(-1) @ v
 
 
-def _forward(attention: Attention, table: Tensor, qkv: list[Tensor], cotangent: Tensor) -> None:
+def _forward(attention: Attention, table: Tensor, qkv: Tensor, cotangent: Tensor) -> None:
     with torch.no_grad():
-        attention(*qkv)
+        attention(qkv)
 
 
-def _step(attention: Attention, table: Tensor, qkv: list[Tensor], cotangent: Tensor) -> tuple[Tensor, ...]:
-    """Output and gradients of queries, keys, values and table."""
-    output = attention(*qkv)
-    return output, *torch.autograd.grad(output, [*qkv, table], cotangent)
+def _step(attention: Attention, table: Tensor, qkv: Tensor, cotangent: Tensor) -> tuple[Tensor, ...]:
+    """Output and gradients of queries, keys and values, and of the table."""
+    output = attention(qkv)
+    return output, *torch.autograd.grad(output, [qkv, table], cotangent)
 
 
-def _results(attention: Attention, table: Tensor, qkv: list[Tensor], cotangent: Tensor, grid: tuple) -> dict:
-    output, dq, dk, dv, dtable = _step(attention, table, qkv, cotangent)
+def _results(attention: Attention, table: Tensor, qkv: Tensor, cotangent: Tensor, grid: tuple) -> dict:
+    output, dqkv, dtable = _step(attention, table, qkv, cotangent)
     if dtable.dim() == 2:
         dtable = _table(dtable, grid)
-    return {'output': output.detach(), 'd q': dq, 'd k': dk, 'd v': dv, 'd table': dtable}
+    return {'output': output.detach(), **dict(zip(('d q', 'd k', 'd v'), dqkv, strict=True)), 'd table': dtable}
 
 
 def _table(theirs: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from mmengine.config import Config
@@ -17,9 +18,12 @@ from mmseg.registry import DATASETS, TRANSFORMS
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from ..config import data_sets, decode_heads, type_name
+from ..config import LABEL_LOADERS, data_sets, decode_heads, type_name
 from ..errors import UserError
+from ..rasters import Raster, RasterError, bands_in_words
 from .folder import FolderDataset
+from .raster_checks import BandStatistics, count_bands, count_ids, lies_elsewhere, read_through
+from .raster_loading import LabelRaster, LoadRasterAnnotations
 
 MAX_LABELS_CHECKED = 500  # per split, evenly spaced: seconds; Cityscapes' 2975 labels would take minutes
 NAMES_LISTED = 8  # ids or classes in one line
@@ -63,6 +67,7 @@ class FileCheck:
     image: str
     digest: tuple | None = None
     pixels: np.ndarray | None = None
+    bands: BandStatistics | None = None
     drawable: bool = False
     problems: list[tuple[str, str]] = field(default_factory=list)
 
@@ -70,7 +75,7 @@ class FileCheck:
 class CheckedDataSet:
     """A data set, read as training reads it; raises ``UserError`` for mistakes in the config."""
 
-    def __init__(self, settings: dict, split: str, num_classes: int):
+    def __init__(self, settings: dict, split: str, num_classes: int, channels: int):
         root = settings.get('data_root') or ''
         for folder in settings.get('data_prefix', {}).values():
             if not (Path(root) / folder).is_dir():
@@ -80,8 +85,9 @@ class CheckedDataSet:
                 )
         self.dataset = DATASETS.build({**settings, 'pipeline': []})
         pipeline = settings.get('pipeline', [])
-        self.load = next((TRANSFORMS.build(step) for step in pipeline if type_name(step) == 'LoadAnnotations'), None)
-        self.num_classes = num_classes
+        self.load = _step(pipeline, *LABEL_LOADERS)
+        self.raster_loader = _step(pipeline, 'LoadRasterFromFile')
+        self.num_classes, self.channels = num_classes, channels
         if self.load and not self.dataset.data_prefix.get('seg_map_path'):
             raise UserError(f'the {split} data loads labels, but has no data_prefix.seg_map_path')
         if len(self.dataset) == 0:
@@ -98,30 +104,70 @@ class CheckedDataSet:
         look = FileCheck(info['img_path'])
         size = None
         try:
-            image = read_image(look.image)
-            size = image.size
-            look.digest = size, hashlib.blake2b(image.tobytes()).digest()
+            if self.raster_loader:
+                look.problems += filter(None, [self.band_problem(info)])
+                size, digest, look.bands = read_through(look.image, self.raster_loader)
+            else:
+                image = read_image(look.image)
+                size, digest = image.size, hashlib.blake2b(image.tobytes()).digest()
+            look.digest = size, digest
         except Exception as error:  # whatever the decoder raises
             look.problems.append(('image cannot be decoded; download or copy it again', f'{look.image} ({error})'))
         if self.load is None:
             return look
         try:
-            label = self.read_label(info)
+            look.pixels, (width, height) = self.count_label(info)
         except LabelError as wrong:
             look.problems.append(wrong.args)
             return look
-        look.pixels = np.bincount(label.ravel(), minlength=256)
-        look.drawable = size == label.shape[::-1]
+        look.drawable = size == (width, height)
         if size and not look.drawable:
-            sizes = f'{label.shape[1]} x {label.shape[0]}, not {size[0]} x {size[1]}'
+            sizes = f'{width} x {height}, not {size[0]} x {size[1]}'
             look.problems.append(('label differs in size from its image', f'{info["seg_map_path"]} ({sizes})'))
+        if size and self.raster_loader and isinstance(self.load, LoadRasterAnnotations) and lies_elsewhere(info):
+            look.problems.append(('label lies elsewhere than its raster', info['seg_map_path']))
         return look
 
+    def band_problem(self, info: dict) -> tuple[str, str] | None:
+        """The mistake in a raster's number of bands and its file, or None; raises ``RasterError``."""
+        if self.raster_loader is None:
+            return None
+        count = count_bands(info['img_path'], self.raster_loader)
+        if count == self.channels:
+            return None
+        model = f'data_preprocessor.mean and backbone.in_channels are for {self.channels}'
+        what = f'raster has {bands_in_words(count)}, but {model}; choose them with bands of LoadRasterFromFile'
+        return what, info['img_path']
+
+    def count_label(self, info: dict) -> tuple[np.ndarray, tuple[int, int]]:
+        """Pixels per id, int64 ``[256]``, and (width, height) of a label; raises ``LabelError``."""
+        if isinstance(self.load, LoadRasterAnnotations) and Path(info['seg_map_path']).is_file():
+            try:
+                return count_ids(info)
+            except RasterError as error:
+                raise LabelError('label cannot be used', str(error)) from None
+        label = self.read_label(info)
+        return np.bincount(label.ravel(), minlength=256), label.shape[::-1]
+
+    def reduced(self, index: int, height: int, most_width: int) -> tuple[np.ndarray, np.ndarray]:
+        """An image, uint8 RGB ``[height, W, 3]``, and its label ``[height, W]``, as a small picture."""
+        info = self.dataset.get_data_info(index)
+        path, loader = info['img_path'], self.raster_loader
+        with Raster(path, loader.bands) if loader else read_image(path) as image:
+            size = min(max(1, round(image.width * height / image.height)), most_width), height
+            shown = image.picture(*size) if loader else np.asarray(image.convert('RGB').resize(size))
+        if isinstance(self.load, LoadRasterAnnotations):
+            with LabelRaster(info['seg_map_path'], info) as labels:
+                return shown, labels.reduced_ids(*size)
+        return shown, np.asarray(Image.fromarray(self.read_label(info)).resize(size, Image.Resampling.NEAREST))
+
     def label_problem(self, index: int) -> tuple[str, str] | None:
-        """The mistake in one label and its file, or None."""
+        """The mistake in one label, or in the number of bands of its raster, and its file, or None."""
         info = self.dataset.get_data_info(index)
         try:
-            pixels = np.bincount(self.read_label(info).ravel(), minlength=256)
+            pixels, _ = self.count_label(info)
+            if problem := self.band_problem(info):
+                return problem
         except LabelError as wrong:
             return wrong.args
         return (self.why_foreign(pixels), info['seg_map_path']) if self.foreign(pixels) else None
@@ -200,7 +246,14 @@ def open_split(cfg: Config, split: str) -> list[CheckedDataSet]:
     for settings in data_sets(cfg[f'{split}_dataloader'].dataset):
         if settings not in once:
             once.append(settings)
-    return [CheckedDataSet(settings, split, decode_heads(cfg)[-1].num_classes) for settings in once]
+    means = len((cfg.model.get('data_preprocessor') or {}).get('mean') or ())
+    channels = means if means > 1 else cfg.model.backbone.get('in_channels', 3)
+    return [CheckedDataSet(settings, split, decode_heads(cfg)[-1].num_classes, channels) for settings in once]
+
+
+def _step(pipeline: Sequence[dict], *names: str) -> Any:
+    """The first step of one of these names, built, or None."""
+    return next((TRANSFORMS.build(step) for step in pipeline if type_name(step) in names), None)
 
 
 def in_threads(look: Callable, items: Sequence, title: str) -> Generator:

@@ -12,7 +12,8 @@ from prettytable import PrettyTable
 
 from ..config import SPLITS, load_config, output_path, set_work_dir
 from ..visualization import overlay, save_whole, side_by_side, with_legend
-from .checks import REDUCE_ZERO_LABEL, CheckedDataSet, abbreviated, in_threads, open_split, read_image
+from .checks import REDUCE_ZERO_LABEL, CheckedDataSet, abbreviated, in_threads, open_split
+from .raster_checks import BandStatistics
 
 FILES_NAMED = 3  # per finding
 DRAWN, ROW_HEIGHT, MOST_WIDTH = 4, 240, 1920  # overlays per split, and their size in pixels
@@ -67,6 +68,8 @@ def check_all_data(
     labelled = [tally for tally in tallies.values() if tally.pixels.any()]
     if labelled:
         print(_class_table(labelled))
+    for bands in tallies['train'].bands.values() if 'train' in tallies else ():
+        print(f'train: {len(bands.mean)} bands; these lines belong into model.data_preprocessor:\n{bands}')
     for finding in findings:
         print(finding)
     drawn = [tally for tally in tallies.values() if tally.drawable]
@@ -94,6 +97,7 @@ class _SplitReport:
         self.problems: dict[str, list[str]] = defaultdict(list)
         self.files: dict[tuple, set[str]] = defaultdict(set)  # by content
         self.drawable: list[tuple[CheckedDataSet, int]] = []
+        self.bands: dict[int, BandStatistics] = {}  # by number of bands
 
     def add(self, part: CheckedDataSet) -> None:
         """Check every file of a data set."""
@@ -104,6 +108,12 @@ class _SplitReport:
                 self.problems[what].append(file)
             if look.digest:
                 self.files[look.digest].add(look.image)
+            if look.bands:
+                count = len(look.bands.mean)
+                if count in self.bands:
+                    self.bands[count].add(look.bands)
+                else:
+                    self.bands[count] = look.bands
             if look.drawable:
                 self.drawable.append((part, index))
             if look.pixels is not None:
@@ -168,11 +178,8 @@ def _overlays(tallies: Sequence[_SplitReport]) -> Image.Image:
         row = []
         spread = np.linspace(0, len(tally.drawable) - 1, min(DRAWN, len(tally.drawable))).round().astype(int)
         for part, index in (tally.drawable[i] for i in spread):
-            info = part.dataset.get_data_info(index)
-            image = read_image(info['img_path']).convert('RGB')
-            size = min(max(1, round(image.width * ROW_HEIGHT / image.height)), MOST_WIDTH), ROW_HEIGHT
-            label = np.asarray(Image.fromarray(part.read_label(info)).resize(size, Image.Resampling.NEAREST))
-            row.append(overlay(np.asarray(image.resize(size)), label, meta['palette']))
+            image, label = part.reduced(index, ROW_HEIGHT, MOST_WIDTH)
+            row.append(overlay(image, label, meta['palette']))
             labels.append(label.ravel())
         rows.append(side_by_side(row))
     page = Image.new('RGB', (max(row.width for row in rows), ROW_HEIGHT * len(rows)), 'white')

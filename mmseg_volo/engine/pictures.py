@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
-import mmcv
 import numpy as np
 from mmengine.dist import master_only
 from mmengine.hooks import Hook
@@ -13,6 +12,7 @@ from mmseg.registry import HOOKS
 from mmseg.structures import SegDataSample
 
 from .._files import distinct_names
+from ..rasters import read_rgb
 from ..visualization import save_whole, truth_and_prediction
 
 MAX_HEIGHT = 512  # pixels: enough for a browser, and a tenth of the bytes of a Cityscapes image
@@ -40,7 +40,7 @@ class ValidationPicturesHook(Hook):
         if batch_idx % -(-len(loader) // self.count):
             return
         sample, meta = outputs[0], loader.dataset.metainfo
-        image = mmcv.imread(sample.img_path, channel_order='rgb')
+        image = read_rgb(sample.img_path)
         truth = sample.gt_sem_seg.data[0].cpu().numpy().astype(np.uint8)
         prediction = sample.pred_sem_seg.data[0].cpu().numpy().astype(np.uint8)
         height, width = truth.shape
@@ -75,7 +75,7 @@ class SideBySideHook(Hook):
         """Save the pictures of a batch."""
         meta = runner.test_dataloader.dataset.metainfo
         for sample in outputs:
-            image = mmcv.imread(sample.img_path, channel_order='rgb')
+            image = read_rgb(sample.img_path)
             truth = sample.gt_sem_seg.data[0].cpu().numpy().astype(np.uint8)
             prediction = sample.pred_sem_seg.data[0].cpu().numpy()
             save_whole(

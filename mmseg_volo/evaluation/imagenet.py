@@ -15,8 +15,9 @@ from ..errors import UserError
 CLASSES = 1000
 # Images with labels in the whole set. Val and ReaL share 50,000 images, of which ReaL gives 3,163 no label.
 IMAGES = {'val': 50_000, 'real': 46_837, 'v2': 10_000}
-# Top-1 accuracy in percent by timm's name of the weights, from ``SOURCES``. ReaL and ImageNet-V2 are in timm's
-# results-imagenet-real.csv and results-imagenetv2-matched-frequency.csv, in huggingface/pytorch-image-models, results/.
+# Top-1 accuracy in percent by timm's name of the weights, from ``SOURCES``; HVT's are in the README of
+# https://github.com/ziplab/HVT. ReaL and ImageNet-V2 are in timm's results-imagenet-real.csv and
+# results-imagenetv2-matched-frequency.csv, in huggingface/pytorch-image-models, results/.
 PROMISED: dict[str, dict[str, float]] = {
     'volo_d1_224.sail_in1k': dict(val=84.15, real=88.90, v2=74.10),
     'volo_d1_384.sail_in1k': dict(val=85.24, real=89.70, v2=75.65),
@@ -62,7 +63,7 @@ class Source:
 
 
 _TIMM = Source("timm's results-imagenet.csv")
-_AUTHORS = Source("authors' repository, for pooling='1d'", 'Apache-2.0')
+_AUTHORS = Source("README of ziplab/HVT, for pooling='1d'", 'Apache-2.0')
 SOURCES = {'volo': _TIMM, 'coatnet': _TIMM, 'hvt': _AUTHORS}
 
 

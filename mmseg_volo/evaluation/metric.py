@@ -10,7 +10,6 @@ from itertools import zip_longest
 from pathlib import Path
 
 import cv2
-import mmcv
 import numpy as np
 from mmengine.dist import get_rank, get_world_size
 from mmengine.evaluator import BaseMetric
@@ -20,6 +19,7 @@ from PIL import Image
 
 from .._files import whole
 from ..errors import UserError
+from ..rasters import read_rgb
 from ..visualization import overlay
 from .calibration import count_bins
 from .scores import Example, Totals, areas, iou, mean_scores
@@ -168,7 +168,7 @@ def _draw(path: str, truth: np.ndarray, prediction: np.ndarray, palette: Sequenc
     """JPEGs of image, ground truth, prediction and errors (red: wrong, black: void)."""
     height, width = truth.shape
     size = min(width, WIDTH), max(1, height * min(width, WIDTH) // width)
-    image = Image.fromarray(mmcv.imread(path, channel_order='rgb')).resize(size)
+    image = Image.fromarray(read_rgb(path)).resize(size)
     truth, prediction = (
         np.asarray(Image.fromarray(label).resize(size, Image.Resampling.NEAREST)) for label in (truth, prediction)
     )

@@ -3,6 +3,7 @@
 from .coatnet import COATNET_ARCHITECTURES, CoAtNet
 from .heads import FCNHead, MultiLevelNeck, SegformerHead, UPerHead
 from .hvt import HVT, HVT_ARCHITECTURES
+from .raster_preprocessor import RasterDataPreProcessor
 from .segmentor import SlidingCascadeSegmentor, SlidingSegmentor, SlidingTTAModel
 from .volo import ARCHITECTURES, VOLO
 
@@ -15,6 +16,7 @@ __all__ = [
     'CoAtNet',
     'FCNHead',
     'MultiLevelNeck',
+    'RasterDataPreProcessor',
     'SegformerHead',
     'SlidingCascadeSegmentor',
     'SlidingSegmentor',

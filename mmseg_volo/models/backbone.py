@@ -82,6 +82,11 @@ class Backbone(BaseModule):
         self.out_strides = [strides[i] for i in out_indices]
         self.frozen_stages, self.norm_eval, self.with_cp = frozen_stages, norm_eval, with_cp
 
+    @property
+    def in_channels(self) -> int:
+        """Number of image channels."""
+        return self.get_parameter(self.pretrained.stem).shape[1]
+
     @classmethod
     def from_pretrained(cls, source: str, **arguments) -> 'Backbone':
         """Build the backbone that ``source`` contains and load its weights strictly; what was loaded is logged.

@@ -14,15 +14,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from mmseg.registry import MODELS
-from timm.layers import ConvMlp, DropPath, LayerNorm2d, LayerScale2d, Mlp, SqueezeExcite, trunc_normal_
+from timm.layers import ConvMlp, DropPath, LayerNorm2d, LayerScale2d, SqueezeExcite
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..ops.biased_attention import biased_attention, biased_attention_reference
+from ..ops.biased_attention import biased_attention
 from ..ops.recompute import norm_linear, norm_mlp
 from ..ops.relative_table import resize_bilinear, resize_geometric, table_grid
-from .backbone import Backbone, ResizedPerGrid, add, are_positive, ceil_div, channels_told_by, drop_path_rates, sides
+from .backbone import Backbone, add, are_positive, ceil_div, channels_told_by, drop_path_rates, sides
 from .pretrained import PretrainedFormat
+from .relative_position import RelativeMLP, RelativeTable
 
 # What an arch dict may set beside the sizes, and the values in timm's coatnet_0 to coatnet_5.
 FORM: dict[str, Any] = dict(
@@ -42,21 +43,14 @@ FORM: dict[str, Any] = dict(
     rel_pos_width=512,
 )
 _RW = dict(conv_act='silu', expand_output=False, expand_first=False)  # timm's own models
+_TINY = dict(_RW, head_width=16, rel_pos='mlp', rel_pos_width=64)
 _NANO = dict(_RW, depths=(3, 4, 6, 3), widths=(64, 128, 256, 512), stem_widths=(32, 64))
 _COAT = dict(_RW, depths=(2, 6, 14, 2), se_act='relu', conv_bias=False, pre_norm_act=True)
 _1_RW = dict(_COAT, widths=(96, 192, 384, 768), stem_widths=(32, 64))
 _2_RW = dict(_COAT, widths=(128, 256, 512, 1024), stem_widths=(64, 128), se_act='silu')
 _1_EARLY = dict(_1_RW, se_early=True, shortcut_bias=False)
 _SIZES: dict[str, dict[str, Any]] = {
-    'tiny': dict(
-        _RW,
-        depths=(1, 2, 4, 2),
-        widths=(24, 48, 96, 160),
-        stem_widths=(16, 24),
-        head_width=16,
-        rel_pos='mlp',
-        rel_pos_width=64,
-    ),
+    'tiny': dict(_TINY, depths=(1, 2, 4, 2), widths=(24, 48, 96, 160), stem_widths=(16, 24)),
     '0': dict(depths=(2, 3, 5, 2), widths=(96, 192, 384, 768), stem_widths=(64, 64)),
     '1': dict(depths=(2, 6, 14, 2), widths=(96, 192, 384, 768), stem_widths=(64, 64)),
     '2': dict(depths=(2, 6, 14, 2), widths=(128, 256, 512, 1024), stem_widths=(128, 128)),
@@ -83,6 +77,7 @@ _POOLS: dict[str, Callable[[], nn.Module]] = dict(
     avg2=partial(nn.AvgPool2d, 2), max2=partial(nn.MaxPool2d, 2), max=partial(nn.MaxPool2d, 3, 2, 1)
 )
 _RelPos = Callable[[int], nn.Module]  # from the number of heads
+_Arch = Mapping[str, Any]  # a value of COATNET_ARCHITECTURES
 _CHOICES = dict(
     conv_act=('gelu', 'silu'),
     se_act=('relu', 'silu'),
@@ -95,7 +90,7 @@ _CHOICES = dict(
 class Stem(nn.Module):
     """Two 3x3 convolutions, the first with stride 2; the block after them begins with a norm."""
 
-    def __init__(self, in_channels: int, arch: Mapping[str, Any]):
+    def __init__(self, in_channels: int, arch: _Arch):
         super().__init__()
         first, last = arch['stem_widths']
         self.conv1 = nn.Conv2d(in_channels, first, 3, 2, 1, bias=False)
@@ -125,15 +120,12 @@ class Downsample(nn.Module):
 class MBConv(nn.Module):
     """Pre-norm block of stages 1 and 2: 1x1 expansion, depthwise 3x3, squeeze and excitation, 1x1 projection."""
 
-    def __init__(self, in_dim: int, dim: int, stride: int, arch: Mapping[str, Any], drop_path: float):
+    def __init__(self, in_dim: int, dim: int, stride: int, arch: _Arch, drop_path: float):
         super().__init__()
         inner = 4 * (dim if arch['expand_output'] else in_dim)
         at = arch['conv_stride'] if stride == 2 else None
-        squeeze = SqueezeExcite(
-            inner,
-            rd_channels=(dim if arch['expand_output'] else inner) // 4,
-            act_layer=_ACTIVATIONS[arch['se_act']],
-        )
+        reduced = (dim if arch['expand_output'] else inner) // 4
+        squeeze = SqueezeExcite(inner, rd_channels=reduced, act_layer=_ACTIVATIONS[arch['se_act']])
         self.pre_norm_act, self.act = arch['pre_norm_act'], _ACTIVATIONS[arch['conv_act']]()
         self.shortcut = Downsample(in_dim, dim, arch['pool'], arch['conv_bias']) if stride == 2 else nn.Identity()
         self.pre_norm = nn.BatchNorm2d(in_dim)
@@ -158,43 +150,10 @@ class MBConv(nn.Module):
         return add(shortcut, self.drop_path(self.conv3_1x1(self.se(x))))
 
 
-class RelativeTable(nn.Module):
-    """Bias per relative position from a learned table, resized for other grids than its own."""
-
-    def __init__(self, heads: int, grid: tuple[int, int], resize: Callable[[Tensor, tuple[int, int]], Tensor]):
-        super().__init__()
-        # timm's [positions, heads] with the positions in rows and columns: a shape tells the grid.
-        self.relative_position_bias_table = nn.Parameter(torch.zeros(2 * grid[0] - 1, 2 * grid[1] - 1, heads))
-        trunc_normal_(self.relative_position_bias_table, std=0.02)
-        self.grid = grid
-        self._resized = ResizedPerGrid(resize)
-        self.register_load_state_dict_pre_hook(_fold_table)
-
-    def forward(self, grid: tuple[int, int]) -> Tensor:
-        """Return the bias ``[2h - 1, 2w - 1, heads]`` for a ``grid`` of (h, w) tokens."""
-        table = self.relative_position_bias_table
-        return table if grid == self.grid else self._resized(table, grid)
-
-
-class RelativeMLP(nn.Module):
-    """Bias per relative position from an MLP of the signed logarithm of the offset (timm's rmlp), for any grid."""
-
-    def __init__(self, heads: int, width: int):
-        super().__init__()
-        self.mlp = Mlp(2, width, heads, act_layer=nn.ReLU, drop=(0.125, 0.0))
-
-    def forward(self, grid: tuple[int, int]) -> Tensor:
-        """Return the bias ``[2h - 1, 2w - 1, heads]`` for a ``grid`` of (h, w) tokens."""
-        weight = self.mlp.fc1.weight
-        offsets = [torch.arange(1 - n, n, device=weight.device, dtype=weight.dtype) for n in grid]
-        x = torch.stack(torch.meshgrid(*offsets, indexing='ij'), -1)
-        return self.mlp(x.sign() * x.abs().log1p())
-
-
 class Attention(nn.Module):
     """Multi-head self-attention over all tokens, with a bias that depends on the offset between query and key."""
 
-    def __init__(self, in_dim: int, dim: int, arch: Mapping[str, Any], rel_pos: _RelPos, attn_drop: float):
+    def __init__(self, in_dim: int, dim: int, arch: _Arch, rel_pos: _RelPos, attn_drop: float):
         super().__init__()
         inner = dim if arch['expand_first'] else in_dim
         self.num_heads, self.attn_drop = inner // arch['head_width'], attn_drop
@@ -207,12 +166,9 @@ class Attention(nn.Module):
         qkv = norm_linear(x, norm, self.qkv) if recompute else self.qkv(norm(x))
         B, _, h, w = qkv.shape
         qkv = qkv.permute(0, 2, 3, 1).reshape(B, h * w, self.num_heads, 3, -1)
-        q, k, v = qkv.permute(3, 0, 2, 1, 4).unbind(0)  # B, heads, h * w, d
+        qkv = qkv.permute(3, 0, 2, 1, 4)  # 3, B, heads, h * w, d
         table = self.rel_pos((h, w)).permute(2, 0, 1)
-        if self.training and self.attn_drop:
-            x = biased_attention_reference(q, k, v, table, grid=(h, w), dropout=self.attn_drop)
-        else:
-            x = biased_attention(q, k, v, table, grid=(h, w))
+        x = biased_attention(qkv, table, grid=(h, w), dropout=self.attn_drop if self.training else 0.0)
         return self.proj(x.transpose(1, 2).reshape(B, h, w, -1).permute(0, 3, 1, 2))
 
 
@@ -220,14 +176,7 @@ class Transformer(nn.Module):
     """Pre-norm block of stages 3 and 4: attention over all tokens, then an MLP."""
 
     def __init__(
-        self,
-        in_dim: int,
-        dim: int,
-        stride: int,
-        arch: Mapping[str, Any],
-        rel_pos: _RelPos,
-        attn_drop: float,
-        drop_path: float,
+        self, in_dim: int, dim: int, stride: int, arch: _Arch, rel_pos: _RelPos, attn_drop: float, drop_path: float
     ):
         super().__init__()
         norm1 = LayerNorm2d(in_dim)
@@ -379,14 +328,6 @@ class CoAtNet(Backbone):
     def _blocks(self) -> list[list[nn.Module]]:
         """Blocks of each stage."""
         return [list(stage.get_submodule('blocks').children()) for stage in self.stages]
-
-
-def _fold_table(module: Any, state: dict, prefix: str, *_: object) -> None:
-    """Give timm's table ``[positions, heads]`` its rows and columns."""
-    name = f'{prefix}relative_position_bias_table'
-    own = module.relative_position_bias_table
-    if name in state and state[name].dim() == 2 and state[name].numel() == own.numel():
-        state[name] = state[name].view(own.shape)
 
 
 def _init_conv(module: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """HVT, a vision transformer that pools its tokens on the way, as a segmentation backbone.
 
-Paper: https://arxiv.org/abs/2103.10619. The parameters have the authors' names, so that their checkpoints load.
+Paper: https://arxiv.org/abs/2103.10619. Code and weights of the authors (Apache-2.0): https://github.com/ziplab/HVT.
+The parameters have the authors' names, so that their checkpoints load.
 """
 
 import re
@@ -29,7 +30,8 @@ from .pretrained import PretrainedFormat, grid_of_map
 from .volo import Transformer, resize_pos_embed
 
 # Architecture settings. Each stage gives one map; strides count patches, and tokens are pooled where strides double.
-# Blocks and poolings of ti1 and s0 to s4 are the authors'; stages that end without a pooling are ours, and so is tiny.
+# Blocks and poolings of ti1 and s0 to s4 are the authors' (s4 is also their Scale HVT-Ti-4); stages that end without a
+# pooling are ours, and so is tiny.
 HVT_ARCHITECTURES: dict[str, dict[str, Any]] = {
     'tiny': dict(layers=(2, 2, 2, 2), strides=(1, 2, 2, 2), embed_dim=96, num_heads=3),
     'ti1': dict(layers=(1, 3, 4, 4), strides=(1, 2, 2, 2), embed_dim=192, num_heads=3),

@@ -1,6 +1,7 @@
 """Segmentors that test images of any size in memory that does not grow with their area."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice, product
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .backbone import are_positive
+from .backbone import Backbone, are_positive
 from .confidence import labels_and_confidence, most_probable
 
 ROWS = 64  # rows of the label map that are computed at a time
@@ -52,6 +53,17 @@ class SlidingSegmentor(EncoderDecoder):
         if self.data_preprocessor.test_cfg:
             raise UserError('data_preprocessor.test_cfg must be removed: it pads images, and VOLO pads them itself')
         self.window_batch = self.test_cfg.get('batch_size')
+        means, taken = self.image_channels, getattr(self.backbone, 'in_channels', None)
+        if isinstance(self.backbone, Backbone) and means != taken:
+            raise UserError(f'data_preprocessor.mean has {means} values, but backbone.in_channels is {taken}')
+
+    @property
+    def image_channels(self) -> int:
+        """Number of channels of the images that this model takes."""
+        means = len(getattr(self.data_preprocessor, 'mean', ()))
+        if means > 1:
+            return means
+        return self.backbone.in_channels if isinstance(self.backbone, Backbone) else 3
 
     @torch.no_grad()
     def test_step(self, data: dict) -> list[SegDataSample]:
@@ -76,7 +88,7 @@ class SlidingSegmentor(EncoderDecoder):
         The result is on the CPU.
 
         Args:
-            image: uint8 ``[3, h, w]``, in the channel order of ``data_preprocessor``, on any device.
+            image: uint8 or float32 ``[C, h, w]``, in the channel order that ``data_preprocessor`` takes, on any device.
             size: (H, W) of the result; logits are resized to it as in mmseg, some rows at a time.
         """
         [result] = self.segment_all([image], size, logits)
@@ -93,7 +105,8 @@ class SlidingSegmentor(EncoderDecoder):
         """
         height, width = images[0].shape[-2:]
         crop, places = self._places(height, width)
-        windows = self._batches(images, places, crop)
+        crops = (image[:, y : y + crop[0], x : x + crop[1]] for image in images for y, x in places)
+        windows = self._batches(crops)
         for _ in images:
             slides = self.test_cfg.mode == 'slide'
             strips = self._averaged(windows, places, crop, width) if slides else iter([next(windows)])
@@ -103,6 +116,25 @@ class SlidingSegmentor(EncoderDecoder):
             else:
                 yield label_map(self, rows, size, confidence)
 
+    @torch.no_grad()
+    def label_rows(
+        self, swaths: Iterable[Tensor], tops: Sequence[int], lefts: Sequence[int], crop: Sequence[int]
+    ) -> Iterator[Tensor]:
+        """Yield labels ``[n, W]`` on the CPU, from top to bottom, of an image that is never in memory as a whole.
+
+        With one window per batch they equal those of ``segment``, bit for bit. Batches do not cross rows of windows.
+
+        Args:
+            swaths: for each of ``tops`` the image's rows that these windows cover, ``[C, crop height, W]``.
+            tops: first row of each row of windows, ascending; the labels begin with the first of these rows.
+            lefts: first column of each window in a row of windows, ascending from 0; the last ends at W.
+            crop: (height, width) of the windows.
+        """
+        windows = (logits for swath in swaths for logits in self._batches(swath[:, :, x : x + crop[1]] for x in lefts))
+        places = ((y - tops[0], x) for y, x in product(tops, lefts))
+        for rows in self._averaged(windows, places, crop, lefts[-1] + crop[1]):
+            yield label_map(self, [rows], (rows.shape[1], lefts[-1] + crop[1]))
+
     def images_per_batch(self, height: int, width: int) -> int:
         """Number of images of this size whose windows fill a batch."""
         return max(1, self._window_batch() // len(self._places(height, width)[1]))
@@ -111,16 +143,15 @@ class SlidingSegmentor(EncoderDecoder):
         """Size of the windows, and the first row and column of each; a single one in whole mode."""
         if self.test_cfg.mode != 'slide':
             return [height, width], [(0, 0)]
-        crop = [min(side, length) for side, length in zip(self.test_cfg.crop_size, (height, width), strict=True)]
-        tops, lefts = (_starts(*args) for args in zip((height, width), crop, self.test_cfg.stride, strict=True))
-        return crop, [(y, x) for y in tops for x in lefts]
+        crop, tops, lefts = window_grid((height, width), self.test_cfg.crop_size, self.test_cfg.stride)
+        return crop, list(product(tops, lefts))
 
     def _logits(self, images: list[Tensor]) -> Tensor:
         inputs = self.data_preprocessor(dict(inputs=images))['inputs']
         return self.encode_decode(inputs, [dict(img_shape=inputs.shape[-2:])] * len(inputs))
 
     def _averaged(
-        self, windows: Iterator[Tensor], places: list[tuple[int, int]], crop: list[int], width: int
+        self, windows: Iterator[Tensor], places: Iterable[tuple[int, int]], crop: Sequence[int], width: int
     ) -> Iterator[Tensor]:
         """Yield the averaged logits ``[classes, n, w]`` of one image from top to bottom, n rows at a time."""
         weight = self._weight(crop)
@@ -136,23 +167,27 @@ class SlidingSegmentor(EncoderDecoder):
                 done = y - top
                 for rows, total in zip(sums[:, :done].split(ROWS, 1), weights[:, :done].split(ROWS, 1), strict=True):
                     yield rows / total
+                kept = crop[0] - done
                 for buffer in (sums, weights):
-                    buffer[:, : crop[0] - done] = buffer[:, done:].clone()
-                    buffer[:, crop[0] - done :] = 0
+                    buffer[:, :kept] = buffer[:, done:] if kept <= done else buffer[:, done:].clone()
+                    buffer[:, kept:] = 0
                 top = y
             sums[:, :, x : x + crop[1]] += logits * weight
             weights[:, :, x : x + crop[1]] += weight
         for rows, total in zip(sums.split(ROWS, 1), weights.split(ROWS, 1), strict=True):
             yield rows / total
 
-    def _batches(self, images: Sequence[Tensor], places: list[tuple[int, int]], crop: list[int]) -> Iterator[Tensor]:
+    def _batches(self, crops: Iterable[Tensor]) -> Iterator[Tensor]:
         """Yield the logits of each window, computed in batches that are halved when device memory runs out."""
-        windows = [(image, y, x) for image in images for y, x in places]
-        first = 0
-        while first < len(windows):
-            batch = windows[first : first + self._window_batch()]
+        crops = iter(crops)
+        waiting: list[Tensor] = []
+        while True:
+            waiting += islice(crops, max(0, self._window_batch() - len(waiting)))
+            batch = waiting[: self._window_batch()]
+            if not batch:
+                return
             try:
-                logits = self._logits([image[:, y : y + crop[0], x : x + crop[1]] for image, y, x in batch])
+                logits = self._logits(batch)
             except torch.OutOfMemoryError:
                 if len(batch) == 1:
                     raise
@@ -163,7 +198,7 @@ class SlidingSegmentor(EncoderDecoder):
                 torch.cuda.empty_cache()
                 continue
             yield from logits
-            first += len(batch)
+            del waiting[: len(batch)]
 
     def _window_batch(self) -> int:
         if self.window_batch is None:
@@ -171,7 +206,7 @@ class SlidingSegmentor(EncoderDecoder):
             self.window_batch = WINDOWS_ON_A_GPU if on_gpu else WINDOWS_ON_A_CPU
         return self.window_batch
 
-    def _weight(self, crop: list[int]) -> Tensor:
+    def _weight(self, crop: Sequence[int]) -> Tensor:
         if self.test_cfg.get('weighting', 'uniform') == 'uniform':
             return torch.ones(crop)
         rows, columns = (
@@ -257,6 +292,15 @@ def _turned_back(result: Tensor, sample: SegDataSample) -> Tensor:
         return result
     values = result.view(torch.int16) if result.dtype == torch.uint16 else result  # which torch 2.11 cannot flip
     return values.flip(-1 if sample.flip_direction == 'horizontal' else -2).view(result.dtype)
+
+
+def window_grid(
+    size: Sequence[int], crop: Sequence[int], stride: Sequence[int]
+) -> tuple[list[int], list[int], list[int]]:
+    """(height, width) of the windows, at most ``size``, then the first row of each, and the first column of each."""
+    fitting = [min(side, length) for side, length in zip(crop, size, strict=True)]
+    tops, lefts = (_starts(*args) for args in zip(size, fitting, stride, strict=True))
+    return fitting, tops, lefts
 
 
 def _starts(length: int, crop: int, stride: int) -> list[int]:

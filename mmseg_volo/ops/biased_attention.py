@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-CHUNK = {'cpu': 2**23, 'cuda': 2**24}  # bytes of scores at a time; on a CPU they should stay in the cache
+CHUNK = {'cpu': 2**22, 'cuda': 2**24}  # bytes of scores at a time; on a CPU they should stay in the cache
 
 
 def biased_attention(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor, *, grid: Sequence[int], scale: float | None = None
+    qkv: Tensor, table: Tensor, *, grid: Sequence[int], scale: float | None = None, dropout: float = 0.0
 ) -> Tensor:
     """Softmax attention over all tokens of a grid, with a learned bias per head and relative position.
 
@@ -29,45 +29,38 @@ def biased_attention(
     :func:`biased_attention_reference`.
 
     Args:
-        q: queries ``[B, heads, h * w, d]``, row by row of the grid.
-        k: keys, of the same shape.
-        v: values, of the same shape.
+        qkv: queries, keys and values ``[3, B, heads, h * w, d]``, row by row of the grid. The gradient has the same
+            strides, so that a view of a linear layer's output costs no copy.
         table: ``[heads, 2 * h - 1, 2 * w - 1]``; element ``[:, i - i' + h - 1, j - j' + w - 1]`` is the bias of query
             (i, j) and key (i', j').
         grid: h and w in tokens.
         scale: multiplies the products of queries and keys before the bias is added; None means ``d ** -0.5``.
+        dropout: share of the attention weights that are set to zero; the others are divided by 1 - dropout. Above 0,
+            :func:`biased_attention_reference` runs, which stores the bias of all pairs of tokens.
 
     Returns:
-        ``[B, heads, h * w, d]``. Under autocast it has autocast's dtype, otherwise that of ``q``.
+        ``[B, heads, h * w, d]``, the transpose of a contiguous ``[B, h * w, heads, d]``. Under autocast it has
+        autocast's dtype, otherwise that of ``qkv``.
 
     Raises:
         ValueError: shapes, dtypes or devices do not match.
     """
-    _check(q, k, v, table, tuple(grid))
-    device = q.device.type
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if device != 'meta' and q.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
-    return biased_attention_op(q, k, v, table, *grid, scale)
+    _check(qkv, table, tuple(grid))
+    if dropout:
+        return biased_attention_reference(qkv, table, grid=grid, scale=scale, dropout=dropout)
+    device = qkv.device.type
+    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    if device != 'meta' and qkv.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        qkv = qkv.to(torch.get_autocast_dtype(device))
+    return biased_attention_op(qkv, table, *grid, scale)
 
 
 def biased_attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    table: Tensor,
-    *,
-    grid: Sequence[int],
-    scale: float | None = None,
-    dropout: float = 0.0,
+    qkv: Tensor, table: Tensor, *, grid: Sequence[int], scale: float | None = None, dropout: float = 0.0
 ) -> Tensor:
-    """The definition of :func:`biased_attention` in plain PyTorch, with the whole bias; it can be traced.
-
-    Args:
-        dropout: share of the attention weights that are set to zero; the others are divided by 1 - dropout.
-    """
-    bias = relative_bias(table, grid).to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None], dropout_p=dropout, scale=scale)
+    """The definition of :func:`biased_attention` in plain PyTorch, with the whole bias; it can be traced."""
+    bias = relative_bias(table, grid).to(qkv.dtype)
+    return F.scaled_dot_product_attention(*qkv.unbind(0), attn_mask=bias[None], dropout_p=dropout, scale=scale)
 
 
 def relative_bias(table: Tensor, grid: Sequence[int]) -> Tensor:
@@ -79,35 +72,31 @@ def relative_bias(table: Tensor, grid: Sequence[int]) -> Tensor:
     return bias.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, table: Tensor, grid: tuple[int, ...]) -> None:
+def _check(qkv: Tensor, table: Tensor, grid: tuple[int, ...]) -> None:
     if len(grid) != 2 or min(grid) < 1:
         raise ValueError(f'grid must be two positive numbers, got {grid}')
     h, w = grid
-    if q.dim() != 4 or q.shape[2] != h * w or not q.shape[1] * q.shape[3]:
-        raise ValueError(f'q must be [B, heads, {h} * {w}, d] for grid {grid}, got shape {tuple(q.shape)}')
-    if k.shape != q.shape or v.shape != q.shape:
-        raise ValueError(f'q, k and v must have one shape, got {[tuple(x.shape) for x in (q, k, v)]}')
-    if table.shape != (q.shape[1], 2 * h - 1, 2 * w - 1):
-        expected = q.shape[1], 2 * h - 1, 2 * w - 1
+    if qkv.dim() != 5 or len(qkv) != 3 or qkv.shape[3] != h * w or not qkv.shape[2] * qkv.shape[4]:
+        raise ValueError(f'qkv must be [3, B, heads, {h} * {w}, d] for grid {grid}, got shape {tuple(qkv.shape)}')
+    expected = qkv.shape[2], 2 * h - 1, 2 * w - 1
+    if table.shape != expected:
         raise ValueError(f'table must have shape {expected} for grid {grid}, got {tuple(table.shape)}')
-    if len({x.dtype for x in (q, k, v)}) > 1 or not (q.is_floating_point() and table.is_floating_point()):
-        dtypes = [str(x.dtype) for x in (q, k, v, table)]
-        raise ValueError(f'q, k and v must have one floating-point dtype and table a floating-point one, got {dtypes}')
-    if len({x.device for x in (q, k, v, table)}) > 1:
-        raise ValueError(f'q, k, v and table must be on one device, got {[str(x.device) for x in (q, k, v, table)]}')
+    if not (qkv.is_floating_point() and table.is_floating_point()):
+        raise ValueError(f'qkv and table must have floating-point dtypes, got {qkv.dtype} and {table.dtype}')
+    if qkv.device != table.device:
+        raise ValueError(f'qkv and table must be on one device, got {qkv.device} and {table.device}')
 
 
 @torch.library.custom_op('mmseg_volo::biased_attention', mutates_args=())
-def biased_attention_op(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int, scale: float
-) -> Tensor:
+def biased_attention_op(qkv: Tensor, table: Tensor, height: int, width: int, scale: float) -> Tensor:
     """Opaque operator for torch.compile, torch.export and autograd."""
-    out = q.new_empty(q.shape)
-    windows = _windows(table.to(q.dtype), height, width)
-    with torch.autocast(q.device.type, enabled=False):
-        for images, heads, rows in _groups(q, width, q.dtype):
-            queries, keys, values, results = (x[images, heads] for x in (q, k, v, out))
-            scratch = q.new_empty(keys.shape[1] * rows * width * keys.shape[2])
+    out = _empty_output(qkv)
+    windows = _windows(table.to(qkv.dtype), height, width)
+    with torch.autocast(qkv.device.type, enabled=False):
+        for images, heads, rows in _groups(qkv, width, qkv.dtype):
+            queries, keys, values = qkv[:, images, heads]
+            results = out[images, heads]
+            scratch = qkv.new_empty(keys.shape[1] * rows * width * keys.shape[2])
             for first in range(0, height, rows):
                 bias = windows[heads, first : first + rows]
                 bias = _view(scratch, bias.shape).copy_(bias).flatten(3, 4).flatten(1, 2)[None]
@@ -121,46 +110,47 @@ def biased_attention_op(
 
 @torch.library.custom_op('mmseg_volo::biased_attention_backward', mutates_args=())
 def biased_attention_backward_op(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, table: Tensor, height: int, width: int, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and table, with sums in at least float32."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    gradients = [x.new_empty(x.shape) for x in (q, k, v)]
+    grad: Tensor, qkv: Tensor, table: Tensor, height: int, width: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of qkv and table, with sums in at least float32."""
+    dtype = torch.promote_types(qkv.dtype, torch.float32)
+    dqkv = torch.empty_like(qkv)
     dtable = torch.zeros(table.shape, dtype=dtype, device=table.device)
     windows = _windows(table.to(dtype), height, width)
-    with torch.autocast(q.device.type, enabled=False):
-        for images, heads, rows in _groups(q, width, dtype):
-            parts = [x[images, heads].to(dtype) for x in (grad, q, k, v)]
-            found = _backward(*parts, windows[heads], dtable[heads], rows, scale)
-            for gradient, part in zip(gradients, found, strict=True):
-                gradient[images, heads] = part.view(parts[0].shape)
-    return *gradients, dtable.flip(1, 2).to(table.dtype)
+    with torch.autocast(qkv.device.type, enabled=False):
+        for images, heads, rows in _groups(qkv, width, dtype):
+            some = qkv[:, images, heads], dqkv[:, images, heads]
+            _backward(grad[images, heads], *some, windows[heads], dtable[heads], rows, scale)
+    return dqkv, dtable.flip(1, 2).to(table.dtype)
 
 
 def _backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, windows: Tensor, dtable: Tensor, rows: int, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v for some images and heads; that of the table is added to ``dtable``."""
-    images, heads, N, _ = q.shape
+    grad: Tensor, qkv: Tensor, dqkv: Tensor, windows: Tensor, dtable: Tensor, rows: int, scale: float
+) -> None:
+    """Write the gradient for some images and heads to ``dqkv``, and add that of the table to ``dtable``."""
+    _, images, heads, N, _ = qkv.shape
     _, h, w, _, _ = windows.shape
-    grad, q, k, v = (x.flatten(0, 1).contiguous() for x in (grad.flip(2), q.flip(2), k, v))
-    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    size = len(q) * rows * w * N
-    scratch, other_scratch, skewed = q.new_empty(size), q.new_empty(size), q.new_zeros(2 * size // images)
+    k, v = (x.flatten(0, 1).to(dtable.dtype).contiguous() for x in qkv[1:])
+    dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+    size = len(k) * rows * w * N
+    scratch, other_scratch, skewed = k.new_empty(size), k.new_empty(size), k.new_zeros(2 * size // images)
     for first in range(0, h, rows):
         bias = windows[:, first : first + rows]
         shape = images, *bias.shape
-        tokens = slice(first * w, (first + rows) * w)
-        weights = _view(scratch, shape).copy_(bias).view(len(q), -1, N)
-        weights.baddbmm_(q[:, tokens], k.mT, alpha=scale)
+        last = h - first
+        tokens = slice(max(last - rows, 0) * w, last * w)
+        q, dout = (x[:, :, tokens].flip(2).flatten(0, 1).to(k.dtype) for x in (qkv[0], grad))
+        weights = _view(scratch, shape).copy_(bias).view(len(k), -1, N)
+        weights.baddbmm_(q, k.mT, alpha=scale)
         torch.softmax(weights, -1, out=weights)
-        dv.baddbmm_(weights.mT, grad[:, tokens])
-        dscores = torch.bmm(grad[:, tokens], v.mT, out=_view(other_scratch, weights.shape))
+        dv.baddbmm_(weights.mT, dout)
+        dscores = torch.bmm(dout, v.mT, out=_view(other_scratch, weights.shape))
         torch.ops.aten._softmax_backward_data.out(dscores, weights, -1, dscores.dtype, grad_input=dscores)
-        torch.mul(dscores @ k, scale, out=dq[:, tokens])
-        dk.baddbmm_(dscores.mT, q[:, tokens], alpha=scale)
+        dqkv[0][:, :, tokens] = (dscores @ k).mul_(scale).unflatten(0, (images, heads)).flip(2)
+        dk.baddbmm_(dscores.mT, q, alpha=scale)
         _add_diagonals(dtable, dscores.view(shape), skewed, first)
-    return dq.flip(1), dk, dv
+    for gradient, found in zip(dqkv[1:], (dk, dv), strict=True):
+        gradient.copy_(found.view(gradient.shape))
 
 
 def _add_diagonals(dtable: Tensor, dscores: Tensor, skewed: Tensor, first: int) -> None:
@@ -187,10 +177,10 @@ def _windows(table: Tensor, h: int, w: int) -> Tensor:
     return table.flip(1, 2).unfold(1, h, 1).unfold(2, w, 1)
 
 
-def _groups(q: Tensor, width: int, dtype: torch.dtype) -> Iterator[tuple[slice, slice, int]]:
+def _groups(qkv: Tensor, width: int, dtype: torch.dtype) -> Iterator[tuple[slice, slice, int]]:
     """Images, heads and number of grid rows to process together; several images only if all their rows fit."""
-    B, heads, N, _ = q.shape
-    fit = CHUNK.get(q.device.type, 2**24) // (width * N * dtype.itemsize)  # rows of one head
+    _, B, heads, N, _ = qkv.shape
+    fit = CHUNK.get(qkv.device.type, 2**24) // (width * N * dtype.itemsize)  # rows of one head
     some_heads = max(1, min(fit, heads))
     rows = max(1, min(fit // some_heads, N // width))
     images = max(1, fit // (heads * N // width))
@@ -204,26 +194,31 @@ def _view(scratch: Tensor, shape: Sequence[int]) -> Tensor:
     return scratch[: math.prod(shape)].view(*shape)
 
 
+def _empty_output(qkv: Tensor) -> Tensor:
+    _, B, heads, N, d = qkv.shape
+    return qkv.new_empty(B, N, heads, d).transpose(1, 2)
+
+
 @biased_attention_op.register_fake
-def _(q, k, v, table, height, width, scale):
-    return q.new_empty(q.shape)
+def _(qkv, table, height, width, scale):
+    return _empty_output(qkv)
 
 
 @biased_attention_backward_op.register_fake
-def _(grad, q, k, v, table, height, width, scale):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v, table))
+def _(grad, qkv, table, height, width, scale):
+    return torch.empty_like(qkv), table.new_empty(table.shape)
 
 
 @register_flop_formula(torch.ops.mmseg_volo.biased_attention)
-def _flops(q_shape, *args, out_shape=None, **kwargs) -> int:
+def _flops(qkv_shape, *args, out_shape=None, **kwargs) -> int:
     """Two operations per multiply-add of the two products, as torch counts attention."""
-    B, heads, N, d = q_shape
+    _, B, heads, N, d = qkv_shape
     return 4 * B * heads * N * N * d
 
 
 def _save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    ctx.geometry = inputs[4:]
+    ctx.save_for_backward(*inputs[:2])
+    ctx.geometry = inputs[2:]
 
 
 def _differentiate(ctx, grad: Tensor):

@@ -7,6 +7,7 @@ as usual, and its outputs are stored. Tokens are ``[B, H, W, C]``, or maps ``[B,
 ``LayerNorm2d`` and 1x1 convolutions.
 """
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -17,6 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from . import products
 from .plain import is_plain
+
+ROWS = 2048  # tokens that an MLP processes at a time on a CPU; fewer would slow its products down
 
 
 def norm_linear(x: Tensor, norm: nn.Module, linear: nn.Module) -> Tensor:
@@ -174,24 +177,51 @@ class _NormMlp(torch.autograd.Function):
             hidden = products.linear(y, weight1.to(dtype), bias1.to(dtype))
             del y
             ctx.save_for_backward(x, norm_weight, norm_bias, hidden, weight1, bias1, weight2, bias2)
-            hidden = F.gelu(hidden) if any(ctx.needs_input_grad) else torch.ops.aten.gelu_(hidden)
-            return products.linear(hidden, weight2.to(dtype), bias2.to(dtype))
+            gelu = F.gelu if any(ctx.needs_input_grad) else torch.ops.aten.gelu_
+            second = weight2.to(dtype), bias2.to(dtype)
+            parts = [products.linear(gelu(rows), *second) for (rows,) in _by_rows(hidden)]
+            return _joined(parts).view(*x.shape[:-1], len(weight2))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, norm_weight, norm_bias, hidden, weight1, bias1, weight2, bias2 = ctx.saved_tensors
-        dweight2, dbias2 = _linear_backward(grad, F.gelu(hidden), weight2, bias2)
-        dhidden = products.linear(grad, weight2.to(ctx.dtype).t())
-        torch.ops.aten.gelu_backward.grad_input(dhidden, hidden, grad_input=dhidden)
-        y, mean, rstd = _normalise(x, norm_weight, norm_bias, ctx.eps)
-        dweight1, dbias1 = _linear_backward(dhidden, y.to(ctx.dtype), weight1, bias1)
-        del y
-        dy = products.linear(dhidden, weight1.to(ctx.dtype).t())
-        del dhidden
         need = list(ctx.needs_input_grad[:3])
-        dx, dnorm_weight, dnorm_bias = _normalise_backward(dy, x, mean, rstd, norm_weight, norm_bias, need)
-        return dx, dnorm_weight, dnorm_bias, None, dweight1, dbias1, dweight2, dbias2, None
+        first, second = (weight.to(ctx.dtype).t() for weight in (weight1, weight2))
+        gradients, parts = None, []
+        for hidden_rows, x_rows, grad_rows in _by_rows(hidden, x, grad):
+            of_second = _linear_backward(grad_rows, F.gelu(hidden_rows), weight2, bias2)
+            dhidden = products.linear(grad_rows, second)
+            torch.ops.aten.gelu_backward.grad_input(dhidden, hidden_rows, grad_input=dhidden)
+            y, mean, rstd = _normalise(x_rows, norm_weight, norm_bias, ctx.eps)
+            of_first = _linear_backward(dhidden, y.to(ctx.dtype), weight1, bias1)
+            dy = products.linear(dhidden, first)
+            part, *of_norm = _normalise_backward(dy, x_rows, mean, rstd, norm_weight, norm_bias, need)
+            parts.append(part)
+            gradients = _sums(gradients, [*of_norm, *of_first, *of_second])
+            del of_second, dhidden, y, of_first, dy
+        dx = _joined(parts).view(x.shape) if need[0] else None
+        dnorm_weight, dnorm_bias, *others = gradients
+        return dx, dnorm_weight, dnorm_bias, None, *others, None
+
+
+def _by_rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Rows of the tensors, on a CPU at most ``ROWS`` at a time."""
+    rows = ROWS if tensors[0].device.type == 'cpu' else max(1, tensors[0].shape[:-1].numel())
+    return zip(*(x.flatten(0, -2).split(rows) for x in tensors), strict=True)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _sums(totals: list[Tensor | None] | None, parts: list[Tensor | None]) -> list[Tensor | None]:
+    """``totals`` plus ``parts``, in the memory of ``totals``; gradients that are not needed are None."""
+    if totals is None:
+        return parts
+    return [
+        None if total is None or part is None else total.add_(part) for total, part in zip(totals, parts, strict=True)
+    ]
 
 
 def _pool(y: Tensor, stride: int) -> Tensor:

@@ -35,7 +35,7 @@ def make_token_labels(
     batch_size: int = 32,
     workers: int = 4,
     device: str = 'auto',
-    skip_existing: bool = False,
+    resume: bool = False,
 ) -> None:
     """Write the five most likely classes at each place of each image, one small file per image.
 
@@ -50,7 +50,7 @@ def make_token_labels(
         batch_size: images per forward pass.
         workers: processes that read images; 0 reads them in this process.
         device: ``'auto'`` uses a GPU if one is available.
-        skip_existing: keep whole files of an earlier run of the same teacher, and continue.
+        resume: continue an earlier run of the same teacher: keep its files that are whole.
 
     Raises:
         UserError: no images, one that cannot be decoded, token labels in ``out``, or a teacher that cannot be used.
@@ -63,8 +63,8 @@ def make_token_labels(
     teacher = _Teacher(model, checkpoint, resolve_device(device))
     todo = {image: path for image, path in targets.items() if not _is_whole(path, teacher.label_shape)}
     present = [path for path in targets.values() if path.exists()]
-    if present and not skip_existing:
-        raise UserError(f'{present[0]} exists; choose another folder, or continue with --skip-existing')
+    if present and not resume:
+        raise UserError(f'{present[0]} exists; choose another folder, or continue with --resume')
     loader = DataLoader(_Images(list(todo), teacher.transform), batch_size, num_workers=workers)
     names = iter(todo.values())
     with tqdm(total=len(todo), desc='token labels', unit='image', disable=None) as bar:
