@@ -703,11 +703,16 @@ def test_no_request_harms(streets, request):
         (dict(out_dir='/proc/out'), 'cannot write to /proc/out'),
         (dict(checkpoint=None), 'volo_tiny_toy_streets.* has no weights of its own: give a checkpoint after it'),
         (dict(labels='EMPTY'), '--labels .* has none of the labels of these pictures, such as '),
+        (
+            dict(cfg_options={'test_dataloader.dataset.pipeline.0.type': 'LoadRasterFromFile'}),
+            'reads rasters .* the page cannot show; use',
+        ),
         (dict(overwrite=True), '--overwrite replaces true labels, but these pictures have none'),
     ],
     ids=str,
 )
-def test_mistakes_are_one_sentence(place, tmp_path, more, sentence):
+def test_mistakes_are_one_sentence(place, tmp_path, monkeypatch, more, sentence):
+    monkeypatch.setattr(Server, 'run', lambda *_: pytest.fail('nothing was refused'))
     (tmp_path / 'empty').mkdir()
     more = {key: str(tmp_path / 'empty') if value == 'EMPTY' else value for key, value in more.items()}
     usual = dict(checkpoint=str(place / 'model.pth'), folder=str(place / 'pictures'), out_dir=str(tmp_path / 'out'))

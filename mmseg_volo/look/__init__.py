@@ -17,10 +17,10 @@ from .._device import resolve_device
 from .._extras import require
 from .._files import IMAGE_SUFFIXES, file_sha256, find_files
 from ..apis.inference import RESULTS
-from ..apis.predictor import Predictor
+from ..apis.predictor import Predictor, steps_of_test
 from ..apis.sources import Model, load_model, try_out
 from ..checkpoints.download import local_copy
-from ..config import data_sets, make_writable
+from ..config import make_writable
 from ..errors import UserError
 from .album import Album
 from .labels import LabelFiles, LabelFormat, labels_in, true_labels
@@ -99,6 +99,10 @@ def open_album(
     paths = find_files([folder], {'image': IMAGE_SUFFIXES}, written)
     names = [Path(os.path.relpath(path, folder)).as_posix() for path in paths]
     predictor = Predictor(model.config, model.checkpoint, resolve_device(device), False, amp)
+    if predictor.raster_loader:
+        raise UserError(
+            f'{config} reads rasters (LoadRasterFromFile), which the page cannot show; use mmseg-volo infer'
+        )
     if model.is_foreign:
         try_out(predictor.model, config)
     form = LabelFormat(model.config, predictor.palette)
@@ -111,8 +115,8 @@ def open_album(
 def _digest(model: Model, amp: bool) -> str:
     """Digest of everything that determines the labels and their confidence."""
     weights = file_sha256(Path(local_copy(model.checkpoint)).expanduser())
-    pipeline = data_sets(model.config.test_dataloader.dataset)[0].pipeline
-    return hashlib.sha256(repr((model.config.model, pipeline, weights, amp)).encode()).hexdigest()
+    parts = model.config.model, steps_of_test(model.config), weights, amp
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def listen(port: int) -> socket.socket:

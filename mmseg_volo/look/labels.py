@@ -81,7 +81,7 @@ class LabelFormat:
 
     def write(self, path: Path, ids: np.ndarray) -> None:
         """Write ids as an indexed PNG, atomically."""
-        picture = label_png(self._values[ids], self._colours)
+        picture = label_png(self._values[ids], self._colours.tolist())
         with whole(path) as partial:
             picture.save(partial, format='PNG')
 
@@ -164,7 +164,7 @@ class LabelFiles:
         if path is None or not path.is_file():
             return None
         with self._lock:
-            return zlib.compress(np.ascontiguousarray(self.form.read(path, size)), 1), _version(path)
+            return zlib.compress(self.form.read(path, size).tobytes(), 1), _version(path)
 
     def write(self, number: int, ids: np.ndarray, expected: str) -> str | None:
         """Write corrected ids if the file's version is ``expected`` or that is ``*``; return the new version.

@@ -131,13 +131,13 @@ def make_app(album: Album, files: LabelFiles, title: str, token: str) -> FastAPI
     @api.get('/pictures/{number}/{plane}')
     def get_plane(number: Number, plane: Literal['labels', 'confidence', 'truth', 'saved']) -> Response:
         if plane in ('labels', 'confidence'):
-            found = getattr(album.result(number), plane), ''
+            content, version = getattr(album.result(number), plane), ''
+        elif found := files.read(number, plane, size_of(number)):
+            content, version = found
         else:
-            found = files.read(number, plane, size_of(number))
-            if found is None:
-                raise HTTPException(404, f'picture {number} has no such labels')
-        headers = {'Content-Encoding': 'deflate', 'X-Version': found[1]}
-        return Response(found[0], headers=headers, media_type='application/octet-stream')
+            raise HTTPException(404, f'picture {number} has no such labels')
+        headers = {'Content-Encoding': 'deflate', 'X-Version': version}
+        return Response(content, headers=headers, media_type='application/octet-stream')
 
     @api.put('/pictures/{number}/saved')
     async def save(number: Number, request: Request, x_version: Annotated[str, Header()]) -> dict:
@@ -166,8 +166,7 @@ def make_app(album: Album, files: LabelFiles, title: str, token: str) -> FastAPI
         yield
         await run_in_threadpool(album.close)
 
-    off = dict(docs_url=None, redoc_url=None, openapi_url=None)
-    app = FastAPI(lifespan=running, default_response_class=AsciiJSON, **off)
+    app = FastAPI(lifespan=running, default_response_class=AsciiJSON, docs_url=None, redoc_url=None, openapi_url=None)
     app.include_router(api)
     app.mount('/', StaticFiles(directory=Path(__file__).parent / 'page', html=True))
     app.add_middleware(OwnPageOnly)
