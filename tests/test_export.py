@@ -21,6 +21,7 @@ from filelock import FileLock
 from mmengine.registry import init_default_scope
 from mmseg.registry import DATASETS, MODELS
 from PIL import Image
+from raster_files import landscape, write_raster
 from test_backbones import CLIENTS
 from test_extras import hide
 from test_infer import small_disk
@@ -91,6 +92,7 @@ def make_place(folder: Path) -> None:
 
 def build(config: Path) -> Any:
     """A segmentor that predicts several classes."""
+    init_default_scope('mmseg')
     model = MODELS.build(load_config(str(config), {}).model).eval()
     nn.init.normal_(model.decode_head.conv_seg.weight, std=1.0)
     return model
@@ -266,6 +268,16 @@ def test_labels_of_infer_equal_those_of_the_checkpoint(options, place, upernet, 
         for source in (place / 'upernet.pth', upernet)
     )
     assert len(np.unique(exact[0])) > 1 and all(map(np.array_equal, found, exact))
+
+
+def test_labels_of_a_raster_are_known_to_be_those_of_an_exported_file(place, upernet, tmp_path, capsys):
+    pytest.importorskip('rasterio')
+    raster = write_raster(tmp_path / 'a.tif', landscape(80, 100))
+    for checkpoint, resumed, finished in ((upernet, False, False), (upernet, True, True), ('upernet.pth', True, False)):
+        source, out = str(place / checkpoint), tmp_path / 'out'
+        infer(str(place / 'upernet.py'), source, [str(raster)], str(out), resume=resumed, cfg_options=SLIDE)
+        assert ('finished before' in capsys.readouterr().out) == finished
+    assert (out / 'pred/a.tif').is_file()
 
 
 def test_labels_with_tta_equal_those_of_the_checkpoint(place, upernet, tmp_path):

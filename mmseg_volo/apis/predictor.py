@@ -97,7 +97,7 @@ class Predictor:
         self.model.to(device)
         if compiled:
             compile_backbone(self.model)
-        self.device, self.amp = device, amp and not is_exported(checkpoint)
+        self.checkpoint, self.device, self.amp = checkpoint, device, amp and not is_exported(checkpoint)
         self.compiled, self.void_below = compiled, void_below
         self.tester = MODELS.build(dict(cfg.tta_model, module=self.model)) if tta else self.model
         self.segments = hasattr(self.tester, 'segment')  # SlidingSegmentor does, and needs no packing

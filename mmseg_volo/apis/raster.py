@@ -18,6 +18,7 @@ from tqdm import tqdm
 from .._device import mixed_precision
 from .._files import PARTIAL, file_sha256
 from .._version import __version__
+from ..checkpoints.download import local_copy
 from ..config import type_name, without_steps
 from ..errors import UserError
 from ..models.segmentor import window_grid
@@ -195,6 +196,8 @@ class RasterRun:
 
     @cached_property
     def _weights(self) -> str:
+        if self.model.network is not None:
+            return file_sha256(Path(local_copy(self.predictor.checkpoint)).expanduser())
         tensors = self.model.state_dict().values()
         return _digest(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data for tensor in tensors)
 

@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 
 from PIL import Image
 
-from .._device import resolve_device
 from .._extras import require
 from .._files import IMAGE_SUFFIXES, file_sha256, find_files
 from ..apis.inference import RESULTS
@@ -22,6 +21,7 @@ from ..apis.sources import Model, load_model, try_out
 from ..checkpoints.download import local_copy
 from ..config import make_writable
 from ..errors import UserError
+from ..export.loading import device_for
 from .album import Album
 from .labels import LabelFiles, LabelFormat, labels_in, true_labels
 
@@ -98,7 +98,7 @@ def open_album(
     written = [str(out / name) for name in ('labels', *RESULTS.values())]
     paths = find_files([folder], {'image': IMAGE_SUFFIXES}, written)
     names = [Path(os.path.relpath(path, folder)).as_posix() for path in paths]
-    predictor = Predictor(model.config, model.checkpoint, resolve_device(device), False, amp)
+    predictor = Predictor(model.config, model.checkpoint, device_for(model.checkpoint, device), False, amp)
     if predictor.raster_loader:
         raise UserError(
             f'{config} reads rasters (LoadRasterFromFile), which the page cannot show; use mmseg-volo infer'
