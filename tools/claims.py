@@ -131,7 +131,9 @@ def _problems_of_command(command: Command) -> list[str]:
             return [f'{command.text}: {error.getvalue().strip()}']
     config = words[0]
     is_file = config.endswith('.py') or '/' in config
-    if name in WITH_CONFIG and not (config in CONFIGS or is_file or config in ('CONFIG', 'MODEL') or config[0] == '-'):
+    is_classifier = name == 'export' and re.search(r'_\d{3}$', config)  # whose names end with the size of their images
+    is_known = config in CONFIGS or config in ('CONFIG', 'MODEL') or is_classifier
+    if name in WITH_CONFIG and not (is_known or is_file or config[0] == '-'):
         return [f'there is no config {config}: {command.text}']
     return []
 
