@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Empty, Queue
+from queue import Empty, SimpleQueue
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
@@ -79,10 +79,11 @@ class Album:
         self.entries = {i: Entry(path, name) for i, (name, path) in enumerate(pictures.items())}
         self.count = len(self.entries)
         self.ranked: list[int] = []  # in the order of computation
-        self._asked: Queue[tuple[int, Entry, Future] | None] = Queue()
+        self._asked: SimpleQueue[tuple[int, Entry, Future] | None] = SimpleQueue()
         self._results: dict[int, Result] = {}
         self._viewed: tuple[int, Any] = -1, None  # decoding 100 megapixels takes a second
-        self._asking, self._viewing = threading.Lock(), threading.Lock()
+        # A second Ctrl-C may interrupt the handler of the first one, which holds the lock.
+        self._asking, self._viewing = threading.RLock(), threading.Lock()
         self._ending = threading.Event()
         self._dropped = TemporaryDirectory(prefix='mmseg-volo-look-')
         self._worker = threading.Thread(target=self._work, name='model')
