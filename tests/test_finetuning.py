@@ -182,9 +182,12 @@ def test_an_equal_name_goes_before_a_similar_one(tmp_path):
 
 
 def test_another_image_size_and_other_channels_are_adapted_as_imagenet_weights_are(tmp_path):
-    source, target = build(5), build(5, 1, **{'model.backbone.img_size': (64, 96), 'model.backbone.in_channels': 4})
+    grey = dict(mean=[0.0], std=[1.0], bgr_to_rgb=False)
+    options = {'model.backbone.img_size': (64, 96), 'model.backbone.in_channels': 1}
+    options |= {f'model.data_preprocessor.{key}': value for key, value in grey.items()}
+    source, target = build(5), build(5, 1, **options)
     line = SegmentorWeights(save(source, NAMES, tmp_path / 'x.pth')).load_into(target, NAMES)
-    assert line.endswith('; pos_embed resized from 6x12 to 4x6; stem adapted from 3 to 4 channels')
+    assert line.endswith('; pos_embed resized from 6x12 to 4x6; stem adapted from 3 to 1 channels')
 
 
 def test_heads_whose_classes_have_no_rows_need_the_same_classes(tmp_path):

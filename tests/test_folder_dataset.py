@@ -78,9 +78,9 @@ def test_label_maps_without_picture_are_found_where_no_list_says_what_to_read(ro
         metainfo=dict(classes=CLASSES),
         pipeline=LOAD,
     )
-    assert CheckedDataSet(settings, 'train', 3).labels_without_image() == [str(root / 'labels/a_1.png')]
+    assert CheckedDataSet(settings, 'train', 3, 3).labels_without_image() == [str(root / 'labels/a_1.png')]
     (root / 'list.txt').write_text('a_2.png\n')
-    assert CheckedDataSet({**settings, 'ann_file': 'list.txt'}, 'train', 3).labels_without_image() == []
+    assert CheckedDataSet({**settings, 'ann_file': 'list.txt'}, 'train', 3, 3).labels_without_image() == []
 
 
 def test_what_cannot_be_read_is_one_sentence(root):

@@ -159,7 +159,7 @@ def infer(
     rasters = _rasters(model.config, outputs, bands)
     unfit = {'--tta': tta, '--void-below': void_below, '--side-by-side': beside, '--ray': ray}
     _check_rasters(rasters, save, bands, [option for option, value in unfit.items() if value])
-    out = check_store(out_dir) if is_url(out_dir) else str(make_writable(out_dir))
+    out = check_store(out_dir) if is_url(out_dir) else out_dir
     count = len(outputs)
     if resume:
         outputs = _unfinished(outputs, out, wanted, rasters)
@@ -170,11 +170,12 @@ def infer(
     if ray:
         from .ray_inference import Setup, segment_on_ray  # which imports this module
 
-        out = out if is_url(out) else os.path.abspath(out)
+        out = out if is_url(out) else os.path.abspath(make_writable(out))
         setup = Setup(model, config, device, tta, amp, compile, openvino, void_below, out, wanted)
         results, where = segment_on_ray(outputs, setup, ray, workers), f'Ray ({ray})'
     else:
         predictor = make_predictor(model, config, device, tta, amp, compile, openvino, void_below)
+        make_writable(out)
         tasks = _tasks(outputs, out, predictor, model.checkpoint) if 'label-studio' in save else None
         run = RasterRun(rasters, predictor, Path(out), save, opacity, bands, resume) if rasters else None
         results, where = segment_files(outputs, out, predictor, wanted, tasks, run), predictor.device

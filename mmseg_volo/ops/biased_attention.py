@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .sizes import is_exporting
+
 CHUNK = {'cpu': 2**22, 'cuda': 2**24}  # bytes of scores at a time; on a CPU they should stay in the cache
 
 
@@ -46,7 +48,7 @@ def biased_attention(
         ValueError: shapes, dtypes or devices do not match.
     """
     _check(qkv, table, tuple(grid))
-    if dropout or torch.compiler.is_exporting():
+    if dropout or is_exporting():
         return biased_attention_reference(qkv, table, grid=grid, scale=scale, dropout=dropout)
     device = qkv.device.type
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale

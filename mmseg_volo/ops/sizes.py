@@ -1,8 +1,16 @@
-"""Sizes that torch.export may leave open."""
+"""Whether torch.export records, and which sizes it leaves open."""
 
 from collections.abc import Sequence
 
 import torch
+
+
+def is_exporting() -> bool:
+    """Whether torch.export records a program.
+
+    ``torch.compiler.is_exporting`` alone is also true while torch.compile traces (torch 2.11).
+    """
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
 def is_open(*size: int | torch.SymInt) -> bool:

@@ -1,8 +1,8 @@
 """Outlook attention, VOLO's own operator."""
 
-import torch
 from torch import Tensor
 
+from ..sizes import is_exporting
 from . import portable
 from .dispatch import explain, outlook_attention_op
 
@@ -48,6 +48,6 @@ def outlook_attention(logits: Tensor, value: Tensor, *, kernel_size: int, stride
         raise ValueError(f'logits are {logits.dtype} and value is {value.dtype}: expected one floating-point dtype')
     if logits.device != value.device:
         raise ValueError(f'logits are on {logits.device} and value is on {value.device}: expected one device')
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return portable.outlook_attention(logits, value, kernel_size, stride, scale)
     return outlook_attention_op(logits, value, kernel_size, stride, scale)

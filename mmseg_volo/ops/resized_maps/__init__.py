@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..sizes import is_exporting
 from . import portable
 from .operator import explain, resized_conv_op
 from .same_size import has_faster_backward
@@ -48,7 +49,7 @@ def resized_conv(
         maps, weight = [x.to(dtype) for x in maps], weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     _check(maps, weight, size)
-    if torch.compiler.is_exporting():
+    if is_exporting():
         y = portable.resized_conv(maps, weight, *size, align_corners)
         return y if bias is None else y + bias[:, None, None]
     if len(maps) == 1 and maps[0].shape[2:] == size and not has_faster_backward(maps[0], weight):
