@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +24,6 @@ from mmseg_volo.apis.inference import Wanted, infer
 from mmseg_volo.apis.ray_inference import DEATHS, FATAL, MODEL, SKIPPED, Setup, Worker, attempts_type
 from mmseg_volo.apis.sources import load_model
 from mmseg_volo.errors import UserError
-from mmseg_volo_cli import main
 
 WANTED = Wanted(('labels', 'overlay'), 0.5, False)
 
@@ -76,19 +77,20 @@ def batch(*files: object) -> dict[str, np.ndarray]:
     return dict(path=np.array(paths, object), name=np.array(names, object))
 
 
-def test_two_workers_give_the_files_of_a_single_process(folder, checkpoint, tmp_path, capsys):
+def test_two_workers_give_the_files_of_a_single_process(folder, checkpoint, tmp_path):
     pytest.importorskip('ray.data', reason="pip install 'mmseg-volo[ray]'")
     alone, shared = tmp_path / 'alone', tmp_path / 'shared'
     bad = infer(CONFIG, checkpoint, [str(folder)], str(alone), device='cpu')
-    capsys.readouterr()
     for name in ('00.png', '07.png'):  # of a run that was interrupted
         for kind in ('pred', 'vis'):
             (shared / kind).mkdir(parents=True, exist_ok=True)
             (shared / kind / name).write_text('kept')
     (shared / 'vis/07.png').unlink()  # so that it is not finished
     arguments = [CONFIG, checkpoint, f'local://{folder}', '--out-dir', str(shared), '--device', 'cpu']  # for fsspec
-    assert main('infer', [*arguments, '--resume', '--ray']) == 1
-    output = capsys.readouterr().out
+    command = [sys.executable, '-m', 'mmseg_volo_cli', 'infer', *arguments, '--resume', '--ray']
+    run = subprocess.run(command, capture_output=True, text=True)  # so that no thread of Ray's stays in this process
+    assert run.returncode == 1, run.stderr
+    output = run.stdout
     assert (
         output.index('03.png cannot')
         < output.index('08.png cannot')
