@@ -14,8 +14,7 @@ image = Image.open(picture).convert('RGB')
 size = image.size
 for step in about['resize']:  # as large as fits into the scale, in either orientation
     factor = min(max(step['scale']) / max(size), min(step['scale']) / min(size))
-    fitting = [int(side * factor + 0.5) for side in size]
-    image = image.resize(fitting if step['keep_ratio'] else step['scale'], Image.BILINEAR)
+    image = image.resize([int(s * factor + 0.5) for s in size] if step['keep_ratio'] else step['scale'], Image.BILINEAR)
 pixels = np.asarray(image, np.float32)[..., :: 1 if about['channels'] == 'RGB' else -1]
 pixels = (pixels - np.float32(about['mean'])) / np.float32(about['std'])
 logits = session.run(None, {'images': pixels.transpose(2, 0, 1)[None]})[0][0]

@@ -33,6 +33,7 @@ from mmseg_volo.apis import exporting
 from mmseg_volo.apis.classification import classify
 from mmseg_volo.apis.exporting import export
 from mmseg_volo.apis.inference import infer
+from mmseg_volo.apis.push import push
 from mmseg_volo.apis.testing import test as measure
 from mmseg_volo.benchmark import runtimes
 from mmseg_volo.config import load_config
@@ -340,6 +341,24 @@ def test_unusable_files_are_one_sentence(place, upernet, tmp_path):
         labels(place / 'upernet.py', place / 'upernet.pth', scenes(place)[:1], tmp_path / 'out', openvino=True)
     with pytest.raises(UserError, match='--launcher pytorch does not go with .*: an exported file runs in one process'):
         measure(str(place / 'upernet.py'), upernet, launcher='pytorch')
+
+
+def test_a_size_that_a_file_does_not_take_is_one_sentence(place, upernet, tmp_path):
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    weight = helper.make_tensor('weight', kind, [19, 3, 1, 1], [0.0] * 57)
+    sides = [helper.make_tensor_value_info(name, kind, [1, c, 8, 8]) for name, c in (('images', 3), ('logits', 19))]
+    node = helper.make_node('Conv', ['images', 'weight'], ['logits'])
+    graph = helper.make_graph([node], 'fixed', sides[:1], sides[1:], [weight])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid('', 18)], ir_version=10), tmp_path / 'a.onnx')
+    file = changed(str(tmp_path / 'a.onnx'), tmp_path / 'fixed.onnx', Runtime(upernet).text)
+    with pytest.raises(UserError, match='cannot run .*fixed.onnx on images of 1 x 3 x 64 x 96 ') as caught:
+        labels(place / 'upernet.py', file, scenes(place)[:1], tmp_path / 'out')
+    assert '\n' not in str(caught.value)
+
+
+def test_an_exported_file_is_not_pushed(upernet, place, tmp_path):
+    with pytest.raises(UserError, match='upernet.onnx is an exported file, from which nobody can train'):
+        push(str(place / 'upernet.py'), upernet, str(tmp_path / 'new'))
 
 
 # Classifiers

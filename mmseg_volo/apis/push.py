@@ -19,6 +19,7 @@ from ..checkpoints.hub import CONFIG, WEIGHTS, explained, repository
 from ..checkpoints.plain_config import plain_config
 from ..config import data_sets, load_config, make_writable
 from ..errors import UserError
+from ..export.runtime import is_exported
 from ..models.pretrained import pretrained_checkpoint
 from .model_card import model_card
 from .predictor import Predictor
@@ -58,6 +59,8 @@ def push(
     """
     if not re.fullmatch(r'[a-z0-9][a-z0-9.-]*', license):
         raise UserError(f"--license must be one of the hub's names, such as apache-2.0 or cc-by-4.0, got {license!r}")
+    if is_exported(checkpoint):
+        raise UserError(f'{checkpoint} is an exported file, from which nobody can train: give the checkpoint')
     on_hub = target.startswith('hf://')
     if on_hub:
         _check_repository(target)
