@@ -5,6 +5,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence, Sized
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config, DictAction
 
@@ -215,6 +216,11 @@ def data_sets(dataset: dict | Sized) -> list:
     if parts is not None:
         return [leaf for part in parts for leaf in data_sets(part)]
     return [dataset]
+
+
+def first_test_set(cfg: Config) -> Any:
+    """Config of the test data set, of the first one if several are joined."""
+    return data_sets(cfg.test_dataloader.dataset)[0]
 
 
 def check_tta(cfg: Config, name: str) -> None:

@@ -2,10 +2,8 @@
 
 import os
 import re
-import resource
 import signal
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +17,7 @@ from mmseg.registry import DATASETS, MODELS, TRANSFORMS
 from PIL import Image
 from raster_files import landscape, write_checkpoint, write_config, write_raster
 from test_extras import hide
+from test_infer import small_disk
 
 from mmseg_volo import LoadRasterAnnotations, LoadRasterFromFile, RasterDataPreProcessor, rasters
 from mmseg_volo.apis import infer, train
@@ -449,17 +448,6 @@ def test_records_after_a_damaged_one_are_computed_again(long_run, monkeypatch, d
     journal.write_bytes(content)
     infer(*arguments, resume=True)
     assert Path(arguments[3], 'pred/a.tif').read_bytes() == unbroken.read_bytes()
-
-
-@contextmanager
-def small_disk(size: int) -> Iterator[None]:
-    """Limit the size of files to ``size``, so that writing fails as on a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize('missing', [1, 2000])

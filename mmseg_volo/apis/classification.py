@@ -5,7 +5,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from .._device import mixed_precision
 from .._files import IMAGE_SUFFIXES, file_sha256, find_files, whole
 from .._version import __version__
-from ..checkpoints.download import local_copy
+from ..checkpoints.download import local_file
 from ..config import output_path
 from ..errors import UserError
 from ..evaluation.imagenet import CLASSES, IMAGES, PROMISED, Hits, LabelledImages, labelled_images
@@ -91,7 +90,7 @@ def classify(
         model=named.name,
         weights=named.weights,
         checkpoint=str(checkpoint),
-        checkpoint_sha256=file_sha256(Path(local_copy(str(checkpoint))).expanduser()),
+        checkpoint_sha256=file_sha256(local_file(str(checkpoint))),
         preprocessing=named.data,
         device=classifier.device,
         amp=amp,

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from .._files import whole_with_companions
-from ..checkpoints.download import local_copy
+from ..checkpoints.download import local_file
 from ..checkpoints.wording import first_sentence
-from ..config import LABEL_LOADERS, data_sets, output_path, without_steps
+from ..config import LABEL_LOADERS, data_sets, first_test_set, output_path, without_steps
 from ..datasets.checks import check_data
 from ..errors import UserError
 from ..export import onnx_file, program_file, rounding
@@ -91,7 +91,7 @@ def export(
         if not reused:
             _write(model, file, out, opset, said)
         if precision != 'float32':
-            source = Path(local_copy(reused)).expanduser() if reused else file
+            source = local_file(reused) if reused else file
             pictures = islice(_training_images(model, seed), calibration_images) if precision == 'int8' else iter(())
             _round(model, source, file, out, precision, pictures, said)
     print(f'{path}: {path.stat().st_size / 1e6:.1f} MB')
@@ -145,7 +145,7 @@ def _segmentor(config: str, checkpoint: str | None, cfg_options: dict | None, wi
         raise UserError(f'{found.checkpoint} has numbers in {precision} already: give a float32 file or a checkpoint')
     if found.is_foreign:
         try_out(model, config)
-    meta = loaded.get('dataset_meta') or classes_of(data_sets(cfg.test_dataloader.dataset)[0])
+    meta = loaded.get('dataset_meta') or classes_of(first_test_set(cfg))
     if meta is None:
         raise UserError(f'neither {found.checkpoint} nor the data set of {config} names the classes')
     description = describe_segmentor(cfg, model, meta, Path(config).stem)
@@ -234,7 +234,7 @@ def _training_images(model: _Model, seed: int) -> Iterator[Tensor]:
     """Training images in random order, as the network gets them in inference: resized, a window of each, normalised."""
     assert model.cfg is not None
     segmentor: Any = model.network.segmentor
-    steps = without_steps(data_sets(model.cfg.test_dataloader.dataset)[0].pipeline, LABEL_LOADERS)
+    steps = without_steps(first_test_set(model.cfg).pipeline, LABEL_LOADERS)
     sets = [
         DATASETS.build({**settings, 'pipeline': steps}) for settings in data_sets(model.cfg.train_dataloader.dataset)
     ]

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from .._files import IMAGE_SUFFIXES, distinct_names, file_sha256, find_files
 from .._storage import check_store, existing, find_in_store, is_url, read_file, without_file_scheme, write_file
-from ..checkpoints.download import local_copy
-from ..config import check_tta, make_writable
+from ..checkpoints.download import local_file
+from ..config import check_tta, first_test_set, make_writable
 from ..errors import UserError
 from ..export.loading import device_for
 from ..models.confidence import CERTAIN
@@ -29,7 +29,7 @@ from ..models.segmentor import SlidingTTAModel
 from ..rasters import TIFF_SUFFIXES, is_raster
 from ..visualization import label_png, overlay, side_by_side, with_legend, write_png
 from .label_studio import Tasks
-from .predictor import Picture, Predictor, Undecodable, raster_loader, steps_of_test
+from .predictor import Picture, Predictor, Undecodable, raster_loader
 from .raster import RasterRun
 from .sources import Model, load_model, try_out
 from .threads import in_threads
@@ -284,7 +284,7 @@ def is_video(path: str) -> bool:
 
 def _rasters(cfg: Config, files: Iterable[str], bands: Sequence[int] | None) -> set[str]:
     """Those of the files that are read in windows: all, if the config loads rasters."""
-    if raster_loader(steps_of_test(cfg)) is None:
+    if raster_loader(first_test_set(cfg).pipeline) is None:
         tiffs = [path for path in files if path.lower().endswith(TIFF_SUFFIXES) and not is_url(path)]
         return {path for path in tiffs if bands or is_raster(path)}
     other = [path for path in files if is_video(path) or is_url(path)]
@@ -307,7 +307,7 @@ def _tasks(outputs: dict[str, str], out: str, predictor: Predictor, checkpoint: 
     pictures = [path for path in outputs if not is_video(path)]
     if not pictures:
         return None
-    file = Path(local_copy(checkpoint)).expanduser()
+    file = local_file(checkpoint)
     return Tasks(Path(out, RESULTS['label-studio']), pictures, predictor, f'{file.stem} {file_sha256(file)[:8]}')
 
 

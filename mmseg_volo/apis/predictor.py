@@ -16,7 +16,7 @@ from mmseg.registry import MODELS, TRANSFORMS
 from torch import Tensor
 
 from .._device import mixed_precision
-from ..config import LABEL_LOADERS, data_sets, type_name, without_steps
+from ..config import LABEL_LOADERS, first_test_set, type_name, without_steps
 from ..errors import UserError
 from ..export.description import classes_of
 from ..export.loading import load_weights
@@ -86,7 +86,7 @@ class Predictor:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # without a checkpoint mmseg guesses the classes; they are set below
             self.model = init_model(cfg, checkpoint=None, device='cpu')
-        dataset = data_sets(cfg.test_dataloader.dataset)[0]
+        dataset = first_test_set(cfg)
         meta = load_weights(self.model, checkpoint, cfg, openvino, amp).get('dataset_meta') or classes_of(dataset)
         if not meta:
             raise UserError(
@@ -101,7 +101,7 @@ class Predictor:
         self.compiled, self.void_below = compiled, void_below
         self.tester = MODELS.build(dict(cfg.tta_model, module=self.model)) if tta else self.model
         self.segments = hasattr(self.tester, 'segment')  # SlidingSegmentor does, and needs no packing
-        self.steps = cfg.tta_pipeline if tta else steps_of_test(cfg)
+        self.steps = cfg.tta_pipeline if tta else dataset.pipeline
         self.raster_loader = raster_loader(self.steps)
         left_out = (*LOADERS, *(['PackSegInputs'] if self.segments else []))
         self.pipeline = Compose([dict(type='LoadImageFromNDArray'), *without_steps(self.steps, left_out)])
@@ -129,8 +129,7 @@ class Predictor:
                         height, width = picture.image.shape[:2]
                         if not is_odd(height, width):
                             raise
-                        problem = f'{picture.path} is {width} x {height}, too small or too narrow for this model'
-                        picture.problem = Undecodable(problem)
+                        picture.problem = too_small(picture.path, height, width)
                 yield picture
 
     def _batches(self, pictures: Iterable[Picture]) -> Iterator[list[Picture]]:
@@ -195,9 +194,9 @@ def is_odd(height: int, width: int) -> bool:
     return min(height, width) < SMALL or max(height, width) >= SLIM * min(height, width)
 
 
-def steps_of_test(cfg: Config) -> list[dict]:
-    """The pipeline of the test set."""
-    return data_sets(cfg.test_dataloader.dataset)[0].pipeline
+def too_small(path: str, height: int, width: int) -> Undecodable:
+    """The problem of an odd image that the model refused."""
+    return Undecodable(f'{path} is {width} x {height}, too small or too narrow for this model')
 
 
 def raster_loader(steps: Sequence[dict]) -> Any:

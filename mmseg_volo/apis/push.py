@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 
 from .._files import file_sha256
 from .._version import __version__
-from ..checkpoints.download import local_copy
+from ..checkpoints.download import local_file
 from ..checkpoints.hub import CONFIG, WEIGHTS, explained, repository
 from ..checkpoints.plain_config import plain_config
-from ..config import data_sets, load_config, make_writable
+from ..config import first_test_set, load_config, make_writable
 from ..errors import UserError
 from ..export.runtime import is_exported
 from ..models.pretrained import pretrained_checkpoint
@@ -111,7 +111,7 @@ def _write(
     start = pretrained_checkpoint(cfg.model.backbone.get('init_cfg'))
     predictor = Predictor(cfg, checkpoint, 'cpu', tta=False, amp=False)
     content = plain_config(cfg, name, dict(classes=predictor.classes, palette=predictor.palette))
-    measured = _measured(metrics, Path(local_copy(checkpoint)).expanduser())
+    measured = _measured(metrics, local_file(checkpoint))
     card = model_card(content, target, license, _data_set(cfg), start, measured)
     state = {key: tensor.contiguous() for key, tensor in predictor.model.state_dict().items()}
     try:
@@ -125,7 +125,7 @@ def _write(
 
 def _data_set(cfg: Config) -> str | None:
     """Name of the test set: that of its folder."""
-    root = data_sets(cfg.test_dataloader.dataset)[0].get('data_root')
+    root = first_test_set(cfg).get('data_root')
     return re.sub(r'[^\w.-]', '-', Path(root).name) or None if root else None
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from .._device import mixed_precision
 from .._files import PARTIAL, file_sha256
 from .._version import __version__
-from ..checkpoints.download import local_copy
+from ..checkpoints.download import local_file
 from ..config import type_name, without_steps
 from ..errors import UserError
 from ..models.segmentor import window_grid
@@ -26,7 +26,7 @@ from ..rasters import Raster, RasterError, bands_in_words
 from ..visualization import overlay, save_whole, with_legend
 from .journal import Journal
 from .label_tiff import BLOCK, circumstances_of, write_label_tiff
-from .predictor import LOADERS, VOID, Predictor, Undecodable, is_odd
+from .predictor import LOADERS, VOID, Predictor, Undecodable, is_odd, too_small
 from .threads import in_threads
 
 SUMS = 2**24  # bytes of added logits that are kept at least
@@ -197,7 +197,7 @@ class RasterRun:
     @cached_property
     def _weights(self) -> str:
         if self.model.network is not None:
-            return file_sha256(Path(local_copy(self.predictor.checkpoint)).expanduser())
+            return file_sha256(local_file(self.predictor.checkpoint))
         tensors = self.model.state_dict().values()
         return _digest(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data for tensor in tensors)
 
@@ -285,8 +285,7 @@ class RasterRun:
             except RuntimeError:
                 if not is_odd(raster.height, raster.width):
                     raise
-                size = f'{raster.width} x {raster.height}'
-                raise Undecodable(f'{raster.path} is {size}, too small or too narrow for this model') from None
+                raise too_small(raster.path, raster.height, raster.width) from None
             if strip is None:
                 return
             yield strip.numpy()

@@ -24,8 +24,8 @@ from prettytable import PrettyTable
 from .._extras import without_tensorboard
 from .._files import file_sha256
 from .._version import __version__
-from ..checkpoints.download import local_copy
-from ..config import LABEL_LOADERS, check_tta, data_sets, make_writable, set_work_dir, without_steps
+from ..checkpoints.download import local_file
+from ..config import LABEL_LOADERS, check_tta, data_sets, first_test_set, make_writable, set_work_dir, without_steps
 from ..datasets.checks import check_data
 from ..engine.console import runner_on_terminal
 from ..engine.distributed import join_processes
@@ -107,7 +107,7 @@ def test(
         unfinished = _use_server_format(cfg, server_format, folder)
     else:
         root = _common_folder(cfg)
-        ignore_index = data_sets(cfg.test_dataloader.dataset)[0].get('ignore_index', 255)
+        ignore_index = first_test_set(cfg).get('ignore_index', 255)
         cfg.test_evaluator = dict(type='SegmentationMetric', out_dir=str(folder), root=root, ignore_index=ignore_index)
 
     without_tensorboard(cfg)
@@ -140,7 +140,7 @@ def test(
                 config=str(config),
                 config_sha256=config_sha256,
                 checkpoint=str(checkpoint),
-                checkpoint_sha256=file_sha256(Path(local_copy(str(checkpoint))).expanduser()),
+                checkpoint_sha256=file_sha256(local_file(str(checkpoint))),
                 seed=runner.seed,
                 date=datetime.now().isoformat(timespec='seconds'),
                 device=f'cpu, {model.network}' if is_exported(checkpoint) else str(next(model.parameters()).device),

@@ -18,6 +18,11 @@ from .wording import first_sentence
 FAMILIES = {'volo_': 'VOLO', 'coatnet_': 'CoAtNet'}  # by the start of timm's names
 
 
+def local_file(source: str) -> Path:
+    """``local_copy`` as a path without ``~``."""
+    return Path(local_copy(source)).expanduser()
+
+
 def local_copy(source: str) -> str:
     """Path of ``source`` on this machine, downloaded into torch's or huggingface_hub's cache where needed.
 

@@ -9,7 +9,7 @@ from zipfile import ZipFile
 import torch
 
 from ..errors import UserError
-from .download import local_copy
+from .download import local_file
 from .plain_data import plain_data_only
 from .wording import first_sentence
 
@@ -36,7 +36,7 @@ def read_checkpoint(source: str, map_location: MapLocation = 'cpu') -> dict:
 def read_plain_data(source: str, map_location: MapLocation = 'cpu') -> object:
     """Read what ``torch.save`` or safetensors wrote, such as a single tensor; see ``read_checkpoint``."""
     try:
-        path = Path(local_copy(str(source))).expanduser()
+        path = local_file(str(source))
         found = path.is_file()
     except (OSError, RuntimeError) as error:  # the name is too long, or ~user does not exist
         raise UserError(f'checkpoint not found: {source} ({first_sentence(error)})') from None

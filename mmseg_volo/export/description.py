@@ -9,7 +9,7 @@ from mmseg.registry import DATASETS
 from torch import Tensor
 
 from .._version import __version__
-from ..config import LABEL_LOADERS, data_sets, type_name, without_steps
+from ..config import LABEL_LOADERS, first_test_set, type_name, without_steps
 from ..errors import UserError
 from ..models.named_classifiers import NamedClassifier
 from ..models.segmentor import last_head
@@ -46,7 +46,7 @@ def describe_segmentor(cfg: Config, model: Any, meta: Mapping, name: str) -> dic
         meta: ``classes`` and ``palette``.
         name: of the config.
     """
-    steps = without_steps(data_sets(cfg.test_dataloader.dataset)[0].pipeline, NOT_GEOMETRY)
+    steps = without_steps(first_test_set(cfg).pipeline, NOT_GEOMETRY)
     test_cfg = model.test_cfg
     windows = None
     if test_cfg.get('mode') == 'slide':
@@ -93,12 +93,9 @@ def normalisation(data_preprocessor: Any) -> dict[str, Any]:
     """Order of the channels, and what is subtracted from pixels of 0 to 255 before they are divided."""
     is_set = data_preprocessor._enable_normalize
     bands = data_preprocessor.mean.numel() if is_set else 3
+    colours = 'RGB' if data_preprocessor._channel_conversion else 'BGR'  # as OpenCV reads
     return dict(
-        channels='bands'
-        if bands != 3
-        else 'RGB'
-        if data_preprocessor._channel_conversion
-        else 'BGR',  # as OpenCV reads
+        channels=colours if bands == 3 else 'bands',
         mean=_decimals(data_preprocessor.mean) if is_set else [0.0, 0.0, 0.0],
         std=_decimals(data_preprocessor.std) if is_set else [1.0, 1.0, 1.0],
     )

@@ -7,7 +7,7 @@ from mmengine.config import Config
 from torch import nn
 
 from .._device import resolve_device
-from ..config import data_sets
+from ..config import first_test_set
 from ..errors import UserError
 from ..models.named_classifiers import NamedClassifier
 from ..models.pretrained import load_segmentor
@@ -37,7 +37,7 @@ def load_weights(model: Any, checkpoint: str, cfg: Config, openvino: bool = Fals
     """Load a checkpoint, see ``load_segmentor``, or an exported file, see ``load_exported``, into a config's model."""
     if not is_exported(checkpoint):
         return load_segmentor(model, checkpoint)
-    return load_exported(model, checkpoint, data_sets(cfg.test_dataloader.dataset)[0], openvino, amp)
+    return load_exported(model, checkpoint, first_test_set(cfg), openvino, amp)
 
 
 def load_exported(model: Any, path: str, dataset: Mapping, openvino: bool = False, amp: bool = False) -> dict[str, Any]:
@@ -61,15 +61,15 @@ def load_exported(model: Any, path: str, dataset: Mapping, openvino: bool = Fals
         raise UserError(f'{path} needs a config with model.type SlidingSegmentor, this one has {type(model).__name__}')
     runtime = Runtime(path, openvino, amp)
     found = parsed(runtime.text, path, 'segmentation')
-    heads = len(found['classes']) if found['threshold'] is None else 1
+    logits = len(found['classes']) if found['threshold'] is None else 1
     wanted: dict[str, Any] = dict(number_of_logits=model.out_channels, **normalisation(model.data_preprocessor))
     if (meta := classes_of(dataset)) is not None:
         wanted['classes'] = list(meta['classes'])
+    actual = found | {'number_of_logits': logits}
     for key, value in wanted.items():
-        actual = heads if key == 'number_of_logits' else found[key]
-        if actual != value:
+        if actual[key] != value:
             name = key.replace('_', ' ')
-            raise UserError(f'{path} was exported with {name} {actual}, but the config has {value}')
+            raise UserError(f'{path} was exported with {name} {actual[key]}, but the config has {value}')
     model.backbone = nn.Identity()
     for part in ('neck', 'auxiliary_head'):
         if hasattr(model, part):

@@ -1,13 +1,12 @@
 """Running an exported file: from normalised images to logits, on a CPU."""
 
-import os
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .._extras import require
-from ..checkpoints.download import local_copy
+from ..checkpoints.download import local_file
 from ..checkpoints.wording import first_sentence
 from ..errors import UserError
 from . import program_file
@@ -43,13 +42,13 @@ class Runtime:
             raise UserError(f'--openvino runs .onnx files, not {path}')
         if amp and not openvino:
             raise UserError(f'--amp does not go with {path}: an exported file has its precision; see export --fp16')
-        file = os.path.expanduser(local_copy(path))
-        if not os.path.isfile(file):
+        file = local_file(path)
+        if not file.is_file():
             raise UserError(f'exported model not found: {path}')
         open_file = _open_openvino if openvino else _open_onnx if is_onnx else _open_program
         threads = threads or torch.get_num_threads()
         self.path = path
-        self.name, self.version, self.text, self._run = open_file(file, threads, amp)
+        self.name, self.version, self.text, self._run = open_file(str(file), threads, amp)
 
     def __str__(self) -> str:
         return f'{self.name} {self.version}'

@@ -16,10 +16,10 @@ from PIL import Image
 from .._extras import require
 from .._files import IMAGE_SUFFIXES, file_sha256, find_files
 from ..apis.inference import RESULTS
-from ..apis.predictor import Predictor, steps_of_test
+from ..apis.predictor import Predictor
 from ..apis.sources import Model, load_model, try_out
-from ..checkpoints.download import local_copy
-from ..config import make_writable
+from ..checkpoints.download import local_file
+from ..config import first_test_set, make_writable
 from ..errors import UserError
 from ..export.loading import device_for
 from .album import Album
@@ -114,8 +114,8 @@ def open_album(
 
 def _digest(model: Model, amp: bool) -> str:
     """Digest of everything that determines the labels and their confidence."""
-    weights = file_sha256(Path(local_copy(model.checkpoint)).expanduser())
-    parts = model.config.model, steps_of_test(model.config), weights, amp
+    weights = file_sha256(local_file(model.checkpoint))
+    parts = model.config.model, first_test_set(model.config).pipeline, weights, amp
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

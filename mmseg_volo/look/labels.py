@@ -16,12 +16,11 @@ from mmseg.registry import DATASETS, TRANSFORMS
 from PIL import Image
 
 from .._files import whole
-from ..config import SPLITS, data_sets, type_name
+from ..apis.predictor import VOID
+from ..config import SPLITS, first_test_set, type_name
 from ..datasets.checks import LabelError, open_split
 from ..errors import UserError
 from ..visualization import label_png
-
-VOID = 255
 
 
 class LabelFormat:
@@ -37,7 +36,7 @@ class LabelFormat:
 
     def __init__(self, cfg: Config, palette: Sequence):
         init_default_scope(cfg.get('default_scope', 'mmseg'))
-        settings = data_sets(cfg.test_dataloader.dataset)[0]
+        settings = first_test_set(cfg)
         steps = [step for step in settings.get('pipeline', []) if type_name(step) == 'LoadAnnotations']
         self._load = TRANSFORMS.build(steps[0] if steps else dict(type='LoadAnnotations'))
         self._dataset = DATASETS.build({**settings, 'pipeline': [], 'lazy_init': True})

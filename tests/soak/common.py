@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -58,17 +58,26 @@ def options(place: Path, **more: object) -> dict:
 
 def start_training(work_dir: Path, **settings: object) -> int:
     """Train in a child process with its own process group; return its id. Its output goes to ``<work_dir>.log``."""
+
+    def work() -> None:
+        with one_sentence_errors():
+            train(str(CONFIG), str(work_dir), **settings)
+
+    return start_child(work, f'{work_dir}.log')
+
+
+def start_child(work: Callable[[], object], log: str = os.devnull) -> int:
+    """Do ``work`` in a child process with its own process group; return its id. Its output goes to the file ``log``."""
     pid = os.fork()
     if pid:
         return pid
     status = 1
     try:
         os.setsid()
-        log = os.open(f'{work_dir}.log', os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        with one_sentence_errors():
-            train(str(CONFIG), str(work_dir), **settings)
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        work()
         status = 0
     except SystemExit as end:
         status = end.code

@@ -1,7 +1,6 @@
 #!/usr/bin/env python
 """Segment rasters of 30,000 columns in a GiB of memory, compare with pictures in memory, and kill runs at random."""
 
-import os
 import random
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import rasterio
 import torch
-from common import Report, arguments, kill, wait
+from common import Report, arguments, kill, start_child, wait
 from mmengine.registry import init_default_scope
 from mmseg.registry import DATASETS, MODELS
 
@@ -142,18 +141,8 @@ def killed(report: Report, place: Path, count: int) -> None:
 
 
 def started(config: str, checkpoint: str, raster: str, out: Path) -> int:
-    """Start ``infer --resume`` in a fork with its own process group; returns its id."""
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 1
-    try:
-        os.setsid()
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        infer(config, checkpoint, [raster], str(out), 'cpu', ['labels'], resume=True)
-        status = 0
-    finally:
-        os._exit(status)
+    """Start ``infer --resume`` in a child process with its own process group; returns its id."""
+    return start_child(lambda: infer(config, checkpoint, [raster], str(out), 'cpu', ['labels'], resume=True))
 
 
 if __name__ == '__main__':
