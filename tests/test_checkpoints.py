@@ -33,6 +33,8 @@ CONFIG = str(ROOT / 'configs/volo_tiny_toy_streets.py')
 ITERATIONS = 6
 # Its momentum falls from 1 to 0.25 in these iterations, so that it depends on the steps that a checkpoint remembers.
 AVERAGE = dict(type='EMAHook', ema_type='MomentumAnnealingEMA', momentum=0.2, gamma=2, update_buffers=True)
+# A rise that no validation reaches: training stops after the third.
+STOP = dict(type='DurableEarlyStoppingHook', patience=2, min_delta=100)
 
 
 class Lightning(Exception):
@@ -284,6 +286,7 @@ def test_a_checkpoint_holds_the_averaged_weights_that_were_validated(toy, whole,
     printed = json.loads((whole / 'scores_6.json').read_text())
     options = {f'test_dataloader.{key}': value for key, value in dict(num_workers=0, persistent_workers=False).items()}
     options |= {'data_root': str(toy), 'visualizer.vis_backends': [dict(type='LocalVisBackend')]}
+    options |= {'custom_hooks': [AVERAGE, STOP], 'train_dataloader.dataset.type': 'Unbuildable'}
     scores = measure(CONFIG, str(whole / 'iter_6.pth'), str(tmp_path), cfg_options=options)
     for key in ('mIoU', 'aAcc', 'mAcc'):
         assert abs(scores[key] - printed[key]) <= 0.00501  # of a printed hundredth
@@ -325,23 +328,23 @@ def test_shares_of_a_model_cannot_be_averaged():
 
 # Early stopping
 
-STOP = dict(type='DurableEarlyStoppingHook', patience=2, min_delta=100)  # never reached: stops after 3 validations
-LONGER = {'train_cfg.max_iters': 10, 'default_hooks.checkpoint.interval': 1}
+OFTEN = {'train_cfg.max_iters': 10, 'train_cfg.val_interval': 1, 'default_hooks.checkpoint.interval': 1}
 
 
 def test_a_training_stops_where_it_would_have_without_an_interruption(toy, tmp_path, capsys):
-    runner = run(toy, tmp_path / 'whole', STOP, seed=0, cfg_options=LONGER)
-    assert runner.iter == 6
+    runner = run(toy, tmp_path / 'whole', STOP, seed=0, cfg_options=OFTEN)
+    assert runner.iter == 3
     assert re.search(
-        r'stopped at iteration 6: mIoU is \d+\.\d\d, and 2 validations did not exceed \d+\.\d\d by 100\n',
+        r'stopped at iteration 3: mIoU is \d+\.\d\d, and 2 validations did not exceed \d+\.\d\d by 100\n',
         capsys.readouterr().out,
     )
     with pytest.raises(Lightning):
-        run(toy, tmp_path / 'struck', STOP, dict(type='DoAtHook', iteration=5), seed=0, cfg_options=LONGER)
-    run(toy, tmp_path / 'struck', STOP, resume='auto', cfg_options=LONGER)
+        run(toy, tmp_path / 'struck', STOP, dict(type='DoAtHook', iteration=2), seed=0, cfg_options=OFTEN)
+    run(toy, tmp_path / 'struck', STOP, resume='auto', cfg_options=OFTEN)
     assert_ended_as(tmp_path / 'struck', tmp_path / 'whole')
-    again = run(toy, tmp_path / 'struck', STOP, resume='auto', cfg_options=LONGER)  # it has ended
-    assert again.iter == 6 and '2 validations did not exceed' in capsys.readouterr().out
+    capsys.readouterr()
+    again = run(toy, tmp_path / 'struck', STOP, resume='auto', cfg_options=OFTEN)  # it has ended
+    assert again.iter == 3 and '2 validations did not exceed' in capsys.readouterr().out
     assert_ended_as(tmp_path / 'struck', tmp_path / 'whole')
 
 
@@ -352,10 +355,14 @@ def test_a_better_score_starts_the_count_anew():
         train_loop=SimpleNamespace(stop_training=False),
         message_hub=MessageHub('early stopping'),
         logger=SimpleNamespace(info=log.append),
+        val_loop='exists',
     )
+    hook.before_train(runner)
     for score in (10, 10.5, 11, 12, 11, 12.5):  # each at least 1 above the last best, or the first one below it
         assert not runner.train_loop.stop_training
-        hook.after_val_epoch(runner, dict(mIoU=score))
+        runner.iter += 1
+        for _ in range(2):  # a validation that is repeated counts once
+            hook.after_val_epoch(runner, dict(mIoU=score))
     assert runner.train_loop.stop_training and log[-1].endswith('2 validations did not exceed 12.00 by 1')
     runner.train_loop.stop_training = False
     hook.after_val_epoch(runner, dict(mIoU=float('nan')))

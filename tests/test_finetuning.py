@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmseg_volo.apis.push import push
 from mmseg_volo.apis.training import train
 from mmseg_volo.checkpoints.reading import read_checkpoint
 from mmseg_volo.config import load_config
@@ -235,6 +236,22 @@ def test_classes_that_a_checkpoint_does_not_name_are_taken_by_position_when_aske
         SegmentorWeights(str(path), same_classes=True).load_into(build(6), OTHERS)
 
 
+def test_a_pushed_model_names_its_classes(tmp_path):
+    path = save(build(19), None, tmp_path / 'x.pth')
+    push(CONFIG, path, str(tmp_path / 'pushed'))
+    weights = SegmentorWeights(str(tmp_path / 'pushed'))
+    assert weights.classes == CITYSCAPES
+    with pytest.raises(UserError, match='checkpoint not found'):
+        SegmentorWeights(str(tmp_path))
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    model = build(5)
+    model.decode_head.conv_seg.bias.data[0] = float('nan')
+    with pytest.raises(UserError, match=r'x\.pth is refused: 1 of its tensors contain NaN or infinity'):
+        SegmentorWeights(save(model, NAMES, tmp_path / 'x.pth'))
+
+
 @pytest.mark.parametrize('meta', [dict(CLASSES=NAMES), dict(CLASSES=tuple(NAMES), dataset_meta=None)])
 def test_names_are_read_where_mmseg_0_wrote_them(tmp_path, meta):
     torch.save(dict(state_dict=build(5).state_dict(), meta=meta), tmp_path / 'x.pth')
@@ -278,6 +295,7 @@ def run(toy: Path, work_dir: Path, *hooks: dict, max_iters: int = 2, options: di
     loaders = {
         f'{split}_dataloader.{key}': value
         for split in ('train', 'val', 'test')
+        if f'{split}_dataloader' not in (options or {})
         for key, value in dict(num_workers=0, persistent_workers=False).items()
     }
     everything = {
@@ -320,17 +338,14 @@ def test_a_run_with_the_same_classes_starts_with_the_logits_of_the_averaged_weig
 
 def test_new_rows_stay_as_the_config_initialises_them(toy, source, tmp_path):
     classes = [*CITYSCAPES[:-2], 'van', 'rail']
-    dataset = dict(
+    settings = dict(
         type='BaseSegDataset',
         metainfo=dict(classes=classes),
         img_suffix='_leftImg8bit.png',
         seg_map_suffix='_gtFine_labelTrainIds.png',
     )
-    options = {
-        f'{split}_dataloader.dataset.{key}': value
-        for split in ('train', 'val', 'test')
-        for key, value in dataset.items()
-    }
+    options = {f'train_dataloader.dataset.{key}': value for key, value in settings.items()}
+    options |= dict.fromkeys(('val_dataloader', 'val_cfg', 'val_evaluator'))
     run(toy, tmp_path, max_iters=1, options=options, finetune=source)
     theirs, initial, state = read_checkpoint(source)['state_dict'], KeepStartHook.initial, KeepStartHook.state
     for part in ('weight', 'bias'):

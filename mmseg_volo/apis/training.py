@@ -56,9 +56,9 @@ def train(
         deterministic: use only operators that give the same bits in every run; slower on a GPU.
         compile: run the backbone under ``torch.compile``.
         verbose: print everything that goes into the log file.
-        finetune: checkpoint of a segmentor to start from instead of the weights that the config names: path or URL.
-            Rows of the classifiers are matched by the names of the classes. Not used if ``resume='auto'`` finds a
-            checkpoint.
+        finetune: checkpoint of a segmentor to start from instead of the weights that the config names: a path, a URL or
+            ``hf://owner/name``. Rows of the classifiers are matched by the names of the classes. Not used if
+            ``resume='auto'`` finds a checkpoint.
         same_classes: match the rows by position, for a checkpoint that does not name its classes.
 
     Raises:

@@ -24,8 +24,6 @@ class DurableEarlyStoppingHook(EarlyStoppingHook):
         UserError: an argument has an invalid value, there is no validation, or it has no score of that name.
     """
 
-    priority = 'LOW'  # before the hook that writes checkpoints, which may repeat a validation when a run is resumed
-
     def __init__(self, monitor: str = 'mIoU', patience: int = 5, min_delta: float = 0.1):
         if type(patience) is not int or patience < 1:
             raise UserError(f'patience must be an integer of at least 1, got {patience!r}')
@@ -33,13 +31,15 @@ class DurableEarlyStoppingHook(EarlyStoppingHook):
             raise UserError(f'min_delta must be a number above 0, got {min_delta!r}')
         super().__init__(monitor, rule='greater', min_delta=min_delta, patience=patience)
 
+    def before_run(self, runner: Runner) -> None:
+        """Nothing: a test has no training loop, and to look for it, as mmengine does, would build one."""
+
     def before_train(self, runner: Runner) -> None:
-        """Go on with the count of a resumed run."""
+        """Begin to count, unless the run is resumed."""
         if runner.val_loop is None:
             raise UserError(f'{type(self).__name__} needs a validation, but the config has no val_dataloader')
-        if runner.iter:
-            fresh = self.wait_count, self.best_score
-            self.wait_count, self.best_score = runner.message_hub.get_info('early_stopping', fresh)
+        if not runner.iter:
+            runner.message_hub.update_info('early_stopping', self._nothing_counted())
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Stop the training if no recent validation was better."""
@@ -47,8 +47,12 @@ class DurableEarlyStoppingHook(EarlyStoppingHook):
             raise UserError(
                 f'{type(self).__name__} monitors {self.monitor!r}, but the validation has {", ".join(metrics or {})}'
             )
+        counted, before, after = runner.message_hub.get_info('early_stopping', self._nothing_counted())
+        before = before if counted == runner.iter else after  # a resumed run may repeat its last validation
+        self.wait_count, self.best_score = before
         super().after_val_epoch(runner, metrics)
-        runner.message_hub.update_info('early_stopping', [self.wait_count, float(self.best_score)])
+        after = [self.wait_count, float(self.best_score)]
+        runner.message_hub.update_info('early_stopping', [runner.iter, before, after])
         if runner.train_loop.stop_training:
             why = f'{self.wait_count} validations did not exceed {self.best_score:.2f} by {self.min_delta:g}'
             if not math.isfinite(metrics[self.monitor]):
@@ -56,3 +60,7 @@ class DurableEarlyStoppingHook(EarlyStoppingHook):
             runner.logger.info(
                 f'stopped at iteration {runner.iter}: {self.monitor} is {metrics[self.monitor]:.2f}, and {why}'
             )
+
+    def _nothing_counted(self) -> list:
+        """Iteration of the last validation that was counted, and the count and the best score before and after it."""
+        return [0, *[[self.wait_count, self.best_score]] * 2]

@@ -12,8 +12,8 @@ class FinetuneHook(Hook):
     """Load a segmentor's checkpoint, whose classes may be others, once the model has been initialised.
 
     Args:
-        source: path or URL of the checkpoint.
-        same_classes: see ``SegmentorWeights``.
+        source: the checkpoint; see ``SegmentorWeights``.
+        same_classes: its classes are those of the config, in the same order.
     """
 
     priority = 'VERY_HIGH'

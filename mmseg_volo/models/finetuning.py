@@ -8,12 +8,13 @@ from mmseg.models.decode_heads import PointHead
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..checkpoints.hub import is_model, model_config
 from ..checkpoints.reading import read_checkpoint
 from ..checkpoints.state_dict import state_tensors
 from ..checkpoints.wording import some
 from ..errors import UserError
 from .backbone import Backbone
-from .pretrained import adapt, differences
+from .pretrained import adapt, differences, refuse_not_finite
 
 MOST = 20  # names in a message
 # Tensors of mmseg's heads with a row per class: the classifier, further ones in some heads, and EncHead's SE layer.
@@ -31,7 +32,8 @@ class SegmentorWeights:
     and the stem are adapted as those of ImageNet weights are.
 
     Args:
-        source: path or URL of the checkpoint. mmengine's ``EMAHook`` stores averaged weights, which are then taken.
+        source: path or URL of the checkpoint, ``hf://owner/name``, or a folder that ``mmseg-volo push`` wrote. Averaged
+            weights are taken if there are any.
         same_classes: its classes are those of the model in the same order, whatever their names.
 
     Raises:
@@ -39,15 +41,19 @@ class SegmentorWeights:
     """
 
     def __init__(self, source: str, same_classes: bool = False):
-        contents = read_checkpoint(source)
+        content, weights = model_config(source) if is_model(source) else (None, source)
+        contents = read_checkpoint(weights)
         self.source, self.state = source, state_tensors(contents)
-        self.classes = None if same_classes else _class_names(contents)
+        self.classes = _class_names(dict(meta=content) if content else contents)
         if not any(key.startswith('decode_head.') for key in self.state):
             raise UserError(
                 f'{source} has no decode head, so it is not a segmentor; weights of a backbone alone are named by '
                 f'--cfg-options model.backbone.init_cfg.checkpoint={source}'
             )
-        if self.classes is None and not same_classes:
+        refuse_not_finite(self.state, source)
+        if same_classes:
+            self.classes = None
+        elif self.classes is None:
             raise UserError(
                 f'{source} does not name its classes; if they are those of this config, in the same order, add '
                 '--same-classes'

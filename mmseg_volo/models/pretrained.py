@@ -109,7 +109,7 @@ def fitted(
         variant = form.recognise(whole)
         whose = f', it is {form.name} arch={variant!r}' if variant not in (None, model.arch) else ''
         raise UserError(f'{source} does not fit {form.name} arch={model.arch!r}{whose}: ' + '; '.join(problems))
-    _refuse_not_finite(state, source)
+    refuse_not_finite(state, source)
     if dropped:
         changes.append(f'{dropped} tensors of the classifier or of unused stages dropped')
     if new:
@@ -159,12 +159,13 @@ def load_segmentor(model: nn.Module, source: str) -> dict:
     problems = differences(own, state)
     if problems:
         raise UserError(f'{source} does not fit the model of this config: ' + '; '.join(problems))
-    _refuse_not_finite(state, source)
+    refuse_not_finite(state, source)
     model.load_state_dict(state)
     return contents.get('meta', {})
 
 
-def _refuse_not_finite(state: Mapping[str, Tensor], source: str) -> None:
+def refuse_not_finite(state: Mapping[str, Tensor], source: str) -> None:
+    """Raise ``UserError`` if tensors read from ``source`` contain NaN or infinity."""
     if names := not_finite(state):
         raise UserError(f'{source} is refused: {len(names)} of its tensors contain NaN or infinity ({some(names)})')
 
