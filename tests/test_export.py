@@ -296,6 +296,21 @@ def test_openvino_gives_the_same_labels_and_with_amp_nearly_all(place, upernet, 
     assert (np.array(rough) == np.array(exact)).mean() > 0.9
 
 
+def test_signals_are_handled_after_two_files_ran_in_openvino(upernet):
+    pytest.importorskip('openvino')
+    program = f"""
+import os, signal
+from mmseg_volo.export.runtime import Runtime
+signal.signal(signal.SIGUSR1, lambda *_: print('handled'))
+first, second = (Runtime({upernet!r}, openvino=True) for _ in range(2))
+del first
+del second
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, 'handled\n'), done.stderr
+
+
 @pytest.mark.parametrize(
     ('options', 'sentence'),
     [

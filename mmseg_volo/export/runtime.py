@@ -1,6 +1,8 @@
 """Running an exported file: from normalised images to logits, on a CPU."""
 
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,8 +95,8 @@ def _open_openvino(path: str, threads: int, amp: bool) -> Opened:
     # By itself OpenVINO computes in bfloat16 where the processor has AMX, which changes labels.
     options = {'INFERENCE_PRECISION_HINT': 'bf16' if amp else 'f32', 'INFERENCE_NUM_THREADS': threads}
     try:
-        model = openvino.Core().read_model(path)
-        compiled = openvino.compile_model(model, 'CPU', options)
+        model = _openvino_core().read_model(path)
+        compiled = _openvino_core().compile_model(model, 'CPU', options)
     except Exception as error:
         raise _unusable(path, error) from None
     place = ['framework', KEY]
@@ -104,6 +106,16 @@ def _open_openvino(path: str, threads: int, amp: bool) -> Opened:
         return torch.from_numpy(compiled(images.numpy())[0])
 
     return 'OpenVINO', openvino.__version__.partition('-')[0], text, run
+
+
+@cache
+def _openvino_core() -> Any:
+    """OpenVINO's core, one for all files: the next signal that Python handles could end a process that had two.
+
+    Each core replaces the main thread's stack for signal handlers, and sets back the one before it when it ends, which
+    is freed memory if that was the stack of a core that ended first.
+    """
+    return require('openvino', 'openvino', '--openvino').Core()
 
 
 def _open_program(path: str, threads: int, amp: bool) -> Opened:
