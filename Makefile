@@ -8,7 +8,7 @@ BIN := .venv/bin
 .venv/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "mmseg_volo requires Python 3.10 or newer; try: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[onedl,report,look,tensorboard,pretrain,geo,completion,datasets,export,openvino,docs,dev]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[onedl,report,look,tensorboard,pretrain,geo,completion,datasets,export,openvino,corruptions,docs,dev]' --constraint constraints.txt
 	touch $@
 
 demo: .venv/installed

@@ -17,6 +17,9 @@ def _add_test(parser: argparse.ArgumentParser) -> None:
         choices=['cityscapes', 'ade20k'],
         help="write label maps for the benchmark's server instead of scores",
     )
+    parser.add_argument(
+        '--corruptions', action='store_true', help='measure also under noise, blur, JPEG, darkness and fog; takes 16x'
+    )
     parser.add_argument('--work-dir', metavar='DIR', help='logs (default: work_dirs/<config name>)')
     add_openvino(parser)
     add_processes(parser)

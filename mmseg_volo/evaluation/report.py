@@ -86,7 +86,14 @@ def summary(totals: Totals, classes: Sequence[str]) -> dict:
     )
 
 
-def write_results(folder: Path, record: dict, totals: Totals, palette: Sequence, other: Run | None) -> Path:
+def write_results(
+    folder: Path,
+    record: dict,
+    totals: Totals,
+    palette: Sequence,
+    other: Run | None = None,
+    damaged: Sequence[bytes] = (),
+) -> Path:
     """Write the scores into ``folder``, then the pictures and ``report.html`` if their packages are installed.
 
     Args:
@@ -94,18 +101,16 @@ def write_results(folder: Path, record: dict, totals: Totals, palette: Sequence,
         record: content of ``metrics.json``: the ``summary`` and the circumstances of the test.
         palette: a colour per class.
         other: run to compare with this one.
+        damaged: a picture of each row of the record's ``corruptions``.
 
     Returns:
         Path of ``report.html``, or of ``metrics.json`` if jinja2 or matplotlib is missing.
     """
-    draws = {name: values.astype(np.float32) for name, values in totals.bootstrap_scores().items()}
+    draws = _draws(totals)
     archive = io.BytesIO()
     np.savez_compressed(archive, **draws)
     write_whole(folder / 'bootstrap.npz', archive.getvalue())
     write_whole(folder / 'metrics.json', json.dumps(record, indent=2, allow_nan=False).encode() + b'\n')
-    differences = _differences(record, draws, other) if other else []
-    if other:
-        MMLogger.get_current_instance().info(f'compared with {other.path}:\n{_table(differences)}')
     try:
         jinja2 = require('jinja2', 'report', 'report.html')
         require('matplotlib', 'report', 'report.html')
@@ -135,7 +140,8 @@ def write_results(folder: Path, record: dict, totals: Totals, palette: Sequence,
         palette=palette,
         confusion=confusion,
         diagram=diagram,
-        differences=differences,
+        damaged=damaged,
+        differences=_differences(record, draws, other) if other else [],
         other=other,
         examples=dict(Worst=totals.worst, Best=totals.best),
         image_scores=IMAGE_SCORES,
@@ -171,6 +177,16 @@ def read_run(path: str, classes: Sequence[str], images_sha256: str) -> Run:
     return run
 
 
+def comparison_table(record: dict, totals: Totals, other: Run) -> PrettyTable:
+    """Scores of this run beside those of another, with the 95 % interval of each difference."""
+    table = PrettyTable(['score', 'this run', 'other run', 'difference', '95 % interval', 'this run is'], align='r')
+    table.align['score'] = 'l'
+    for row in _differences(record, _draws(totals), other):
+        bounds = _written_bounds((row.low, row.high))
+        table.add_row([row.name, _written(row.here), _written(row.there), _written(row.gain), bounds, row.verdict])
+    return table
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file atomically."""
     with whole(path) as partial:
@@ -189,14 +205,9 @@ def _differences(record: dict, draws: dict[str, np.ndarray], other: Run) -> list
     return [Difference(*row, *map(_number, interval(pairs))) for *row, pairs in rows]
 
 
-def _table(differences: list[Difference]) -> PrettyTable:
-    table = PrettyTable(['score', 'this run', 'other run', 'difference', '95 % interval', 'this run is'])
-    table.align = 'r'
-    table.align['score'] = 'l'
-    for row in differences:
-        bounds = _written_bounds((row.low, row.high))
-        table.add_row([row.name, _written(row.here), _written(row.there), _written(row.gain), bounds, row.verdict])
-    return table
+def _draws(totals: Totals) -> dict[str, np.ndarray]:
+    """Scores of the bootstrap replicates as they are stored."""
+    return {name: values.astype(np.float32) for name, values in totals.bootstrap_scores().items()}
 
 
 def _image_rows(path: Path) -> list[tuple[str, list[float | None]]]:
