@@ -1,11 +1,9 @@
 #!/usr/bin/env python
 """Write constraints.txt: one version of each package that an extra of setup.cfg needs, for Python 3.10 to 3.13.
 
-    make lock              # keep the versions in the file, add what is missing, drop what nothing needs
-    make lock UPGRADE=1    # take the newest versions
-    .ci/lock.py --check    # without a network: does the file cover setup.cfg and what is installed here?
-
-The extra ``openmmlab`` is left out: it provides the same modules as ``onedl``, and its mmcv must be compiled.
+make lock              # keep the versions in the file, add what is missing, drop what nothing needs
+make lock UPGRADE=1    # take the newest versions
+.ci/lock.py --check    # without a network: does the file cover setup.cfg and what is installed here?
 """
 
 import argparse
@@ -25,7 +23,6 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / 'constraints.txt'
-LEFT_OUT = ('openmmlab',)
 PYTHONS, AFTER = ('3.10', '3.11', '3.12', '3.13'), '3.14'
 # Other platforms get the same versions: a constraint for a package that is not installed does nothing.
 PLATFORM = "sys_platform == 'linux' and platform_machine == 'x86_64' and implementation_name == 'cpython'"
@@ -40,8 +37,8 @@ def settings() -> configparser.ConfigParser:
 
 
 def extras() -> list[str]:
-    """Names of the extras that can be installed together."""
-    return [name for name in settings()['options.extras_require'] if name not in LEFT_OUT]
+    """Names of the extras, which can all be installed together."""
+    return list(settings()['options.extras_require'])
 
 
 def direct_requirements() -> Iterator[Requirement]:
