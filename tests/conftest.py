@@ -11,6 +11,7 @@ DATA = Path(os.environ.get('MMSEG_VOLO_DATA', ROOT / 'data'))
 
 BROWSER_FLAGS = [
     *('--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run'),
+    '--autoplay-policy=no-user-gesture-required',
     *('--disable-background-networking', '--disable-component-update', '--disable-sync'),
 ]
 

@@ -601,6 +601,16 @@ def test_labels_are_checked_before_they_are_written(streets, clean):
     assert not (streets.place / 'out/labels').exists()
 
 
+def test_the_label_of_a_single_pixel_is_saved_and_read_again(streets, clean):
+    assert streets.album.entries[DOT].path.endswith('z_dot.png')
+    status, version = ask(streets, f'/api/pictures/{DOT}/saved', 'PUT', b'\x05', X_Version='none')
+    assert status == 200
+    label = Image.open(streets.files.places[DOT])
+    assert (label.mode, label.size, label.getpixel((0, 0))) == ('P', (1, 1), 5)
+    content, stored = streets.files.read(DOT, 'saved', (1, 1))
+    assert zlib.decompress(content) == b'\x05' and json.loads(version)['version'] == stored
+
+
 def test_uploads_are_bounded_and_the_oldest_are_forgotten(streets, monkeypatch):
     with socket.create_connection(('127.0.0.1', streets.port)) as peer:
         head = f'POST /api/pictures HTTP/1.1\r\nHost: localhost\r\nX-Token: {TOKEN}\r\nContent-Length: {2**40}\r\n\r\n'

@@ -149,6 +149,32 @@ def test_frames_times_and_sound_are_kept(name, segment, tmp_path):
         assert bool(after) == ('sound' in FILMS[name])
 
 
+@pytest.mark.parametrize('name', ['variable.mp4', 'late.mkv', 'web.webm', 'odd.mkv'])
+def test_a_browser_plays_the_video_and_its_sound(name, browser, segment, tmp_path):
+    source = film(tmp_path / name, **FILMS[name])
+    assert segment(source) == []
+    made = tmp_path / f'out/vis/{source.stem}.mp4'
+    (tmp_path / 'page.html').write_text(f'<video src="{made.relative_to(tmp_path)}"></video>')
+    page = browser.new_page()
+    page.goto((tmp_path / 'page.html').as_uri())
+    played = page.evaluate("""async () => {
+        const video = document.querySelector('video');
+        await video.play();
+        const failed = fail => () => fail(video.error.message);
+        await new Promise((done, fail) => Object.assign(video, {onended: done, onerror: failed(fail)}));
+        const quality = video.getVideoPlaybackQuality();
+        return {
+            size: [video.videoWidth, video.videoHeight], end: video.currentTime,
+            sound: video.webkitAudioDecodedByteCount > 0, shown: quality.totalVideoFrames,
+        };
+    }""")
+    page.close()
+    times, images = frames_of(made)
+    assert played['size'] == [images[0].shape[1], images[0].shape[0]]
+    assert played['end'] >= times[-1] and 0 < played['shown'] <= len(images)
+    assert played['sound'] == ('sound' in FILMS[name])
+
+
 def test_a_turned_video_is_upright(segment, tmp_path):
     source = film(tmp_path / 'phone.mp4')
     content, unturned = source.read_bytes(), struct.pack('>9i', 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
