@@ -3,6 +3,7 @@ import builtins
 import functools
 import hashlib
 import http.server
+import importlib.util
 import logging
 import os
 import pickle
@@ -17,6 +18,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from mmengine.logging import HistoryBuffer, MessageHub, MMLogger
 from mmengine.model.weight_init import PretrainedInit
 from mmengine.optim import OptimWrapper, PolyLR
@@ -29,6 +31,7 @@ from torch import nn
 from mmseg_volo import ARCHITECTURES, VOLO
 from mmseg_volo.checkpoints.download import _expected_sha256
 from mmseg_volo.checkpoints.reading import read_checkpoint
+from mmseg_volo.config import load_config
 from mmseg_volo.errors import UserError
 from mmseg_volo.models.pretrained import PretrainedFormat, load_pretrained, load_segmentor
 from mmseg_volo.models.volo import PRETRAINED, resize_pos_embed
@@ -935,3 +938,20 @@ def test_another_architecture_is_named_in_messages(tmp_path):
     path = saved(pyramid_state() | {'second.weight': torch.rand(1)}, tmp_path / 'f.pth')
     with pytest.raises(UserError, match="does not fit Pyramid arch='p1', it is Pyramid arch='p2': 1 unexpected"):
         load_pretrained(Pyramid(3, 4), str(path), PYRAMID)
+
+
+# The baseline's weights, from a package
+
+
+def test_weights_of_the_baseline_are_matched_by_order_and_shape():
+    spec = importlib.util.spec_from_file_location('lite0', ROOT / 'tools/efficientnet_lite0_weights.py')
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    theirs = timm.create_model('tf_efficientnet_lite0').state_dict()
+    state = {f'_{i}': torch.rand(tensor.shape) for i, tensor in enumerate(theirs.values())}
+    cfg = load_config('efficientnet_lite0_camvid', {})
+    backbone = MODELS.build(cfg.model.backbone)
+    backbone.load_state_dict(tool.renamed(state))  # strict
+    assert torch.equal(backbone.timm_model.conv_stem.weight, state['_0'])
+    with pytest.raises(SystemExit, match='these are not the tensors of timm'):
+        tool.renamed(dict(reversed(state.items())))
