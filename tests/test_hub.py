@@ -769,3 +769,12 @@ def test_the_index_of_shipped_weights_names_files_that_exist():
     index = json.loads((ROOT / 'mmseg_volo/weights/index.json').read_text())
     assert {path.stem for path in shipped.FOLDER.glob('*.safetensors')} == set(index) <= set(shipped_configs())
     assert all(shipped.shipped_weights(name) for name in index)
+
+
+def test_the_shipped_weights_segment_real_pictures(camvid, tmp_path, capsys):
+    options = {key: str(camvid) for key in ('data_root', 'test_dataloader.dataset.data_root')}
+    options |= {'test_dataloader.dataset.indices': 24, **INLINE}
+    scores = measure('volo_tiny_camvid', work_dir=str(tmp_path), cfg_options=options)
+    assert scores['aAcc'] > 70 and scores['mIoU'] > 30
+    weights = load_file(shipped.shipped_weights('volo_tiny_camvid'))
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16, torch.int64}
