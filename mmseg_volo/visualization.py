@@ -1,5 +1,6 @@
 """Label maps as pictures."""
 
+import io
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,6 +75,13 @@ def truth_and_prediction(
     """Join the image ``[H, W, 3]`` (uint8 RGB), an overlay of each label map ``[H, W]`` and a legend in a row."""
     page = side_by_side([Image.fromarray(image), *(overlay(image, label, palette) for label in (truth, prediction))])
     return with_legend(page, np.concatenate([truth, prediction]), classes, palette)
+
+
+def jpeg(picture: Image.Image) -> bytes:
+    """A picture as a JPEG file of quality 85."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format='JPEG', quality=85)
+    return buffer.getvalue()
 
 
 def save_whole(picture: Image.Image, path: Path) -> None:

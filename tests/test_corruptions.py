@@ -11,10 +11,9 @@ import torch
 from conftest import ROOT
 from PIL import Image
 from test_extras import hide
-from test_report import random_checkpoint, run
+from test_report import run, streets_and_model
 
 from mmseg_volo.datasets.corruptions import CORRUPTIONS, STRENGTHS, Corruption
-from mmseg_volo.datasets.toy_streets import make_toy_streets
 from mmseg_volo.errors import UserError
 from mmseg_volo.evaluation import robustness
 from mmseg_volo.evaluation.robustness import corruption_table
@@ -93,10 +92,7 @@ def test_without_the_package(monkeypatch):
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp('corruptions')
-    make_toy_streets(folder / 'toy', train=1, val=3, size=(96, 64))
-    random_checkpoint(folder / 'model.pth')
-    return folder
+    return streets_and_model(tmp_path_factory.mktemp('corruptions'))
 
 
 def scores(place: Path, name: str) -> dict:

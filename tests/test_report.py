@@ -46,12 +46,16 @@ def random_checkpoint(path: Path, **options) -> Path:
     return path
 
 
-@pytest.fixture(scope='module')
-def place(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp('report')
+def streets_and_model(folder: Path) -> Path:
+    """Put three toy streets to test, and a model, into a folder."""
     make_toy_streets(folder / 'toy', train=1, val=3, size=(96, 64))
     random_checkpoint(folder / 'model.pth')
     return folder
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory) -> Path:
+    return streets_and_model(tmp_path_factory.mktemp('report'))
 
 
 def run(place: Path, name: str, checkpoint: str = 'model.pth', data: str = 'toy', options: dict | None = None, **more):

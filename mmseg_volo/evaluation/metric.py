@@ -1,7 +1,6 @@
 """mmengine metrics: the scores of a test set, and label maps for Cityscapes' server."""
 
 import csv
-import io
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -20,7 +19,7 @@ from PIL import Image
 from .._files import whole
 from ..errors import UserError
 from ..rasters import read_rgb
-from ..visualization import overlay
+from ..visualization import jpeg, overlay
 from .calibration import count_bins
 from .scores import Example, Totals, areas, iou, mean_scores
 
@@ -181,9 +180,4 @@ def _draw(path: str, truth: np.ndarray, prediction: np.ndarray, palette: Sequenc
         overlay(colour, prediction, palette),
         overlay(grey, errors, [(230, 0, 0), (0, 0, 0)], opacity=0.75),
     ]
-    encoded = []
-    for picture in pictures:
-        buffer = io.BytesIO()
-        picture.save(buffer, format='JPEG', quality=85)
-        encoded.append(buffer.getvalue())
-    return encoded
+    return [jpeg(picture) for picture in pictures]

@@ -1,7 +1,6 @@
 """Scores on damaged images: noise, blur, JPEG, darkness and fog."""
 
 import copy
-import io
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from ..config import data_sets, type_name
 from ..datasets.corruptions import CORRUPTIONS, STRENGTHS, Corruption
 from ..errors import UserError
 from ..rasters import read_rgb
+from ..visualization import jpeg
 from .scores import Totals, interval
 
 ROUNDS = [(kind, strength) for kind in CORRUPTIONS for strength in STRENGTHS]
@@ -96,9 +96,7 @@ def damaged_pictures(path: str) -> list[bytes]:
         damaged = Corruption(kind, strength)(dict(img=image, img_path=path))['img']
         picture = Image.fromarray(damaged[..., ::-1])
         picture.thumbnail((WIDTH, WIDTH))
-        buffer = io.BytesIO()
-        picture.save(buffer, format='JPEG', quality=85)
-        pictures.append(buffer.getvalue())
+        pictures.append(jpeg(picture))
     return pictures
 
 
