@@ -166,6 +166,34 @@ def test_a_profile_of_a_cascade_is_refused():
         profile_step(CONFIG, cfg_options=OCRNET, batch=1, images=1)
 
 
+def test_no_thread_of_a_training_computes_with_denormal_numbers(toy, tmp_path):
+    code = """
+        import sys
+        import torch
+        from mmengine.hooks import Hook
+        from mmseg.registry import HOOKS
+        from mmseg_volo.apis.training import train
+
+        class LookHook(Hook):
+            def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+                denormals.append(sevenths(10**6))
+
+        def sevenths(count):
+            return (torch.full((count,), 2e-38) / 7).count_nonzero().item()
+
+        HOOKS.register_module(module=LookHook)
+        denormals = []
+        before = sevenths(100)  # too few for a second thread, which would keep the setting that it starts with
+        train(*sys.argv[1:3], seed=0, cfg_options=eval(sys.argv[3]))
+        print('counted', before, *denormals, sevenths(100))
+    """
+    command = [sys.executable, '-W', 'ignore', '-c', textwrap.dedent(code)]
+    settings = options(toy, custom_hooks=[dict(type='LookHook')], **NO_VALIDATION)
+    arguments = [CONFIG, str(tmp_path), repr(settings)]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ['counted 100 0 0 100'], done.stdout + done.stderr
+
+
 @HOOKS.register_module()
 class LeakHook(Hook):
     """Record the memory of a loaded checkpoint that is alive during training, without the optimizer's."""

@@ -18,6 +18,7 @@ from ..checkpoints.mmengine_loader import read_ahead
 from ..config import data_sets, decode_heads, load_config, set_work_dir, type_name
 from ..datasets.checks import check_data
 from ..engine.console import runner_on_terminal
+from ..engine.denormals import denormals_as_zero
 from ..engine.distributed import join_processes
 from ..engine.finetuning import FinetuneHook, leave_out_pretrained
 from ..engine.reproducible import BeginSample
@@ -90,6 +91,7 @@ def set_options(cfg: Config, name: str, amp: bool, auto_scale_lr: bool) -> None:
         cfg.auto_scale_lr.enable = True
 
 
+@denormals_as_zero()
 def run_training(
     cfg: Config,
     resume: str | None,
