@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Put a trained segmentor into the package, so that ``mmseg-volo infer CONFIG PICTURE`` works without a checkpoint.
 
-    .ci/ship_weights.py volo_tiny_camvid work_dirs/volo_tiny_camvid/iter_2000.pth
+    .ci/ship_weights.py volo_tiny_camvid work_dirs/volo_tiny_camvid/iter_8000.pth
 
 Writes mmseg_volo/weights/CONFIG.safetensors, its floating-point numbers in float16, and its digest to index.json.
 The figures belong into mmseg_volo/weights/README.md.

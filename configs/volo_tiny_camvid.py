@@ -1,4 +1,4 @@
-# VOLO-tiny + UPerNet on CamVid from random weights: 1 process x 8 images, 240 x 320 crops.
+# VOLO-tiny + UPerNet on CamVid from random weights: 1 process x 4 images, 240 x 320 crops.
 from mmengine.config import read_base
 
 with read_base():
@@ -19,4 +19,10 @@ model.update(
         in_channels=48, channels=64, num_classes=num_classes, loss_decode=dict(class_weight=class_weight)
     ),
 )
-optim_wrapper.optimizer.update(lr=2e-3)
+max_iters = 8000
+train_dataloader.update(batch_size=4)
+optim_wrapper.optimizer.update(lr=1.4e-3)
+param_scheduler[0].update(end=200)
+param_scheduler[1].update(begin=200, end=max_iters)
+train_cfg.update(max_iters=max_iters, val_interval=1000)
+default_hooks.checkpoint.update(interval=1000)

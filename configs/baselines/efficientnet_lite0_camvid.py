@@ -1,5 +1,5 @@
-# EfficientNet-Lite0 (timm) + UPerNet on CamVid from ImageNet weights, with the settings of volo_tiny_camvid.
-# Weights: tools/efficientnet_lite0_weights.py.
+# EfficientNet-Lite0 (timm) + UPerNet on CamVid from ImageNet weights, with the head of volo_tiny_camvid.
+# 1 process x 8 images, 240 x 320 crops. Weights: tools/efficientnet_lite0_weights.py.
 from mmengine.config import read_base
 
 with read_base():
@@ -19,3 +19,10 @@ model.backbone = dict(
     out_indices=(1, 2, 3, 4),
     init_cfg=dict(type='Pretrained', checkpoint='checkpoints/tf_efficientnet_lite0.pth'),
 )
+max_iters = 2000
+train_dataloader.update(batch_size=8)
+optim_wrapper.optimizer.update(lr=2e-3)
+param_scheduler[0].update(end=100)
+param_scheduler[1].update(begin=100, end=max_iters)
+train_cfg.update(max_iters=max_iters, val_interval=400)
+default_hooks.checkpoint.update(interval=400)
