@@ -1,5 +1,6 @@
 """Formats of annotations: what each draws, against independent rasterisers, and what it refuses."""
 
+import copy
 import json
 import os
 import re
@@ -565,7 +566,7 @@ def test_any_odd_value_in_a_file_is_read_or_refused(form, photos):
             if found:
                 container = found[int(where * len(found))]
                 key = list(container)[int(which * len(container))] if isinstance(container, dict) else None
-                container[int(which * len(container)) if key is None else key] = value
+                container[int(which * len(container)) if key is None else key] = copy.deepcopy(value)
         path.write_text(json.dumps(document))
         survives(photos)
 

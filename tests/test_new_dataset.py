@@ -93,7 +93,7 @@ def test_toy_streets_with_labelme_polygons_become_a_config_that_trains(here, cap
     assert 'split: 8 train, 2 val (seed 0; 5 blocks of consecutive pictures' in printed
     assert re.search(r'\|  *4 \| road  *\| *\d\d\.\d{3}% \| *8 \|', printed)
     assert 'photos_data: 10 label maps, train.txt, val.txt\n' in printed
-    assert 'photos.py: VOLO-tiny + UPerNet from random weights, 1000 iterations of 8 images' in printed
+    assert 'photos.py: VOLO-tiny + UPerNet from random weights, 2000 iterations of 4 images' in printed
     assert printed.endswith('next: mmseg-volo check-data photos.py, mmseg-volo train photos.py\n')
 
     assert main('check-data', ['photos.py']) == 0
@@ -366,6 +366,7 @@ def test_sizes_follow_from_those_of_the_pictures(sizes, limit, scale, crop, mode
 
 def test_iterations_follow_from_the_number_of_pictures():
     assert [choose_iterations(count, 8, True) for count in (8, 100, 10**6)] == [1000, 1300, 4000]
+    assert [choose_iterations(count, 4, True) for count in (8, 100, 10**6)] == [2000, 2500, 8000]
     assert [choose_iterations(count, 4, False) for count in (8, 100, 10**6)] == [2000, 5000, 40000]
 
 

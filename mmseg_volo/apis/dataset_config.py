@@ -161,10 +161,13 @@ def choose_sizes(sizes: Sequence[tuple[int, int]], limit: int) -> Sizes:
 def choose_iterations(count: int, batch_size: int, small: bool) -> int:
     """Iterations that show each of ``count`` training pictures 200 times, from 2000 to 40000.
 
-    With a small backbone, 100 times, from 1000 to 4000.
+    With a small backbone, 100 times, and 8000 to 32000 pictures in all.
     """
-    passes, least, most = (100, 1000, 4000) if small else (200, 2000, 40000)
-    return math.ceil(min(most, max(least, passes * count / batch_size)) / 100) * 100
+    if small:
+        iterations = min(32_000, max(8_000, 100 * count)) / batch_size
+    else:
+        iterations = min(40_000, max(2_000, 200 * count / batch_size))
+    return math.ceil(iterations / 100) * 100
 
 
 def class_weights(pixels: Sequence[int]) -> list[float] | None:
