@@ -4,6 +4,7 @@ from mmengine.config import read_base
 
 with read_base():
     from ..volo_tiny_camvid import *
+    from .._base_.schedule_scratch import *  # instead of the schedule of volo_tiny_camvid
 
 model.data_preprocessor.update(mean=[127.5, 127.5, 127.5], std=[127.5, 127.5, 127.5])
 model.update(
@@ -19,10 +20,5 @@ model.backbone = dict(
     out_indices=(1, 2, 3, 4),
     init_cfg=dict(type='Pretrained', checkpoint='checkpoints/tf_efficientnet_lite0.pth'),
 )
-max_iters = 2000
 train_dataloader.update(batch_size=8)
 optim_wrapper.optimizer.update(lr=2e-3)
-param_scheduler[0].update(end=100)
-param_scheduler[1].update(begin=100, end=max_iters)
-train_cfg.update(max_iters=max_iters, val_interval=400)
-default_hooks.checkpoint.update(interval=400)
