@@ -25,7 +25,7 @@ def small(monkeypatch):
     """The benchmark with sizes that run quickly."""
     monkeypatch.setattr(module, 'FORWARD', {'d1@32': 1})
     monkeypatch.setattr(module, 'TRAIN', {'d1@32': 1})
-    monkeypatch.setattr(module, 'OPERATOR', {'d1@64': (1, 8, 8, 6)})
+    monkeypatch.setattr(module, 'OPERATOR', {'d1@64': (8, 8, 6)})
     monkeypatch.setattr(module, 'ACTIVATIONS', ['d1@32'])
     monkeypatch.setattr(module, 'INFERENCE_PEAK', 'd1@256')
     monkeypatch.setattr(module, 'PARITY', (['d1'], (32, 48)))

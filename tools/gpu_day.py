@@ -24,6 +24,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ('torch', 'triton', 'timm', 'onedl-mmcv', 'onedl-mmengine', 'onedl-mmsegmentation')
 MINUTES = 40  # of all parts together
+TABLES = {  # with seconds
+    'operator': ('operator', 120),
+    'backbone': ('forward train-step memory', 240),
+    'segmentor': ('segmentor segmentor-memory', 300),
+    'attention': ('biased-attention', 120),
+}
+TABLES_ON_CPU = {'operator': ('operator', 120)}
 ON_CAMVID = {'volo_d1_camvid': 8000, 'resnet50_camvid': 8000, 'swin_t_camvid': 8000, 'coatnet_nano_rw_camvid': 4000}
 
 
@@ -61,33 +68,35 @@ def parts(device: str, data: str | None, out: Path) -> list[Part]:
         out: folder for checkpoints.
     """
     small = device == 'cpu'
-    tests = 'tests/test_outlook.py -k float64' if small else '-m gpu'
-    tables = '--tables operator' if small else ''
+    tests = 'tests/test_outlook.py -k float64' if small else '-m gpu tests/test_outlook_triton.py tests/test_on_gpu.py'
     sizes = '512' if small else '2048 8192'
     profiled = ['volo_tiny_camvid'] if small else ['volo_d4_cityscapes', 'volo_d5_cityscapes']
     folder = shlex.quote(str(out))
     return [
-        Part('tests', ('-m', 'pytest', '-q', *tests.split()), 300),
-        Part('benchmark', command(f'benchmark --quick --device {device} {tables} --out {folder}/benchmark.json'), 700),
-        # Triton prints the blocks and warps that its autotuner chose for each kernel.
-        Part(
-            'autotuner',
-            command(f'benchmark --quick --device {device} --tables operator'),
-            120,
-            {'TRITON_PRINT_AUTOTUNING': '1'},
+        Part('tests', ('-m', 'pytest', '-q', *tests.split()), 200),
+        *(
+            Part(
+                f'benchmark_{name}',
+                command(f'benchmark --quick --device {device} --tables {tables} --out {folder}/{name}.json'),
+                seconds,
+                # Triton prints the blocks and warps that its autotuner chose for each kernel.
+                {'TRITON_PRINT_AUTOTUNING': '1'},
+            )
+            for name, (tables, seconds) in (TABLES_ON_CPU if small else TABLES).items()
         ),
         *(
             Part(f'profile_{config}', command(f'profile-step {config} --device {device} --images 4'), 90)
             for config in profiled
         ),
-        Part('sliding', command(f'benchmark-sliding volo_tiny_toy_streets --device {device} --sizes {sizes}'), 90),
+        Part('sliding', command(f'benchmark-sliding volo_tiny_toy_streets --device {device} --sizes {sizes}'), 60),
         *_switches(small, folder),
+        *(_inference(data, folder) if data and not small else ()),
         *(part for config in (ON_CAMVID if data and not small else ()) for part in _training(config, data, folder)),
     ]
 
 
 def _switches(small: bool, folder: str) -> Iterator[Part]:
-    """Short trainings with each switch; the two with ``--deterministic`` must print the same losses."""
+    """Short trainings with each switch, and a comparison of ``--deterministic`` runs bit by bit."""
     yield Part('toy_streets', command(f'toy-streets {folder}/toy_streets --train 16 --val 4'), 60)
     iterations = 2 if small else 100
     options = (
@@ -95,12 +104,21 @@ def _switches(small: bool, folder: str) -> Iterator[Part]:
         f'param_scheduler.0.end=1 param_scheduler.1.begin=1 param_scheduler.1.end={iterations} '
         'default_hooks.logger.interval=1'
     )
-    switches = {'plain': '', 'deterministic_1': '--deterministic', 'deterministic_2': '--deterministic'}
+    switches = {'plain': '', 'deterministic': '--deterministic'}
     if not small:
         switches |= {'amp': '--amp', 'compile': '--compile'}
     for name, switch in switches.items():
         line = f'train volo_tiny_toy_streets --seed 0 {switch} --work-dir {folder}/{name} --cfg-options {options}'
         yield Part(f'train_{name}', command(line), 120, after='toy_streets')
+    yield Part('same_seed', ('tests/soak/same_seed.py', '--short'), 90)
+
+
+def _inference(data: str, folder: str) -> Iterator[Part]:
+    pictures = shlex.quote(f'{data}/images/test')
+    switches = {'cpu': '--device cpu', 'batch_1': '--cfg-options model.test_cfg.batch_size=1', 'plain': ''}
+    for name, switch in (switches | {'amp': '--amp', 'compile': '--compile'}).items():
+        line = f'infer volo_tiny_camvid {pictures} --save labels --out-dir {folder}/infer_{name} {switch}'
+        yield Part(f'infer_{name}', command(line), 60)
 
 
 def _training(config: str, data: str, folder: str) -> Iterator[Part]:
@@ -114,7 +132,8 @@ def _training(config: str, data: str, folder: str) -> Iterator[Part]:
 def run(part: Part, out: Path, seconds: float) -> dict:
     """Run a part for ``seconds`` at most; returns its exit status, 'stopped' or 'failed to start', and its time."""
     start = time.monotonic()
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONWARNINGS': 'ignore', **part.settings}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get('PYTHONPATH'))))
+    environment = {**os.environ, 'PYTHONPATH': path, 'PYTHONWARNINGS': 'ignore', **part.settings}
     with (out / f'{part.name}.txt').open('w') as file:
         process = subprocess.Popen(
             [sys.executable, *part.words],

@@ -14,7 +14,7 @@ from ..ops import outlook_attention
 from ..ops.outlook.reference import outlook_attention_reference
 from .memory import LiveMemory, peak_bytes
 from .segmentor import autocast
-from .tables import error, memory_row, parity_row, time_row
+from .tables import gradients_row, memory_row, parity_row, time_row
 from .timing import paired_times
 
 HEAD_WIDTH = 32
@@ -22,9 +22,10 @@ HEAD_WIDTH = 32
 FORWARD = {'d1@512': 5, 'd1@1024': 1, 'd4@512': 1, 'd4@1024': 1}
 TRAIN = {'d1@512': 3, 'd1@1024': 1, 'd4@512': 1}
 ROUNDS_ON_GPU = 7
+IMAGES_ON_GPU = {'512': 8, '1024': 2}  # by side; fewer would leave it idle
 # A training step of the authors' form at 1024 needs more memory than small machines have.
 TOO_LARGE_FOR_A_CPU = {'train step d1@1024': ['authors']}
-OPERATOR = {'d1@512': (1, 64, 64, 6), 'd4@1024': (1, 128, 128, 12)}  # B, H, W and heads N of a layer
+OPERATOR = {'d1@512': (64, 64, 6), 'd4@1024': (128, 128, 12)}  # H, W and heads N of a layer
 ACTIVATIONS = ['d1@512', 'd4@512']
 INFERENCE_PEAK = 'd1@1024'
 PARITY = ['d1', 'd4'], (96, 128)
@@ -61,6 +62,7 @@ class BackboneBench:
     def model_floor(self, cell: str, passes: int) -> float:
         """Seconds for the backbone's multiply-adds; a training step has three times those of a forward pass."""
         arch, side = cell.split('@')
+        passes *= self.images(cell)
         with torch.device('meta'), FlopCounterMode(display=False) as counter, torch.no_grad():
             VOLO(arch, img_size=int(side)).eval()(torch.empty(1, 3, int(side), int(side)))
         return passes * counter.get_total_flops() / 2 / self.matmul_rate
@@ -69,7 +71,7 @@ class BackboneBench:
         """Errors of ours and timm in the measured precision against timm in float64: values and all gradients."""
         rows = []
         archs, size = PARITY
-        for shape in ((2, 13, 20, 6), *OPERATOR.values()):
+        for shape in ((2, 13, 20, 6), *self.operator_shapes().values()):
             exact, plain, ours = (
                 _operator_results(function, shape, dtype, self.device)
                 for function, dtype in (
@@ -85,14 +87,24 @@ class BackboneBench:
             x = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(self.device)
             exact = _model_results(self.models(arch, size)['timm'].double(), self, x.double())
             plain, ours = (_model_results(models[name], self, x) for name in ('timm', 'ours'))
-            worst = max((key for key in exact if key.startswith('d ')), key=lambda key: error(ours[key], exact[key]))
-            for what in (*[key for key in exact if key.startswith('stage')], worst):
+            for what in [key for key in exact if key.startswith('stage')]:
                 rows.append(parity_row(f'{arch} {what}', ours[what], plain[what], exact[what]))
+            rows.append(gradients_row(arch, ours, plain, exact))
         return rows
+
+    def operator_shapes(self) -> dict[str, tuple]:
+        return {cell: (self.images(cell), *shape) for cell, shape in OPERATOR.items()}
+
+    def images(self, cell: str) -> int:
+        return IMAGES_ON_GPU[cell.partition('@')[2]] if self.device == 'cuda' else 1
+
+    def label(self, cell: str) -> str:
+        images = self.images(cell)
+        return cell if images == 1 else f'{cell}, {images} images'
 
     def operator(self) -> list[dict]:
         rows = []
-        for cell, shape in OPERATOR.items():
+        for cell, shape in self.operator_shapes().items():
             runs = {
                 name: _operator_run(function, shape, self.dtype, self.device)
                 for name, function in (('ours', outlook_attention), ('timm', outlook_attention_reference))
@@ -101,7 +113,7 @@ class BackboneBench:
                 times = paired_times({name: run[position] for name, run in runs.items()}, 15, self.device)
                 times['authors'] = times['timm']  # the same form
                 floor = self.operator_floor(shape, backward=position == 1)
-                rows.append(time_row(f'operator {what} {cell}', times, floor))
+                rows.append(time_row(f'operator {what} {self.label(cell)}', times, floor))
         return rows
 
     def forward(self) -> list[dict]:
@@ -111,7 +123,7 @@ class BackboneBench:
             runs = {name: (lambda model=model, x=x: self.run(model.eval(), x)) for name, model in models.items()}
             with torch.no_grad():
                 times = paired_times(runs, self.rounds(rounds), self.device)
-            rows.append(time_row(f'forward {cell}', times, self.model_floor(cell, 1)))
+            rows.append(time_row(f'forward {self.label(cell)}', times, self.model_floor(cell, 1)))
         return rows
 
     def train_step(self) -> list[dict]:
@@ -129,7 +141,7 @@ class BackboneBench:
 
             runs = {name: (lambda model=model, step=step: step(model)) for name, model in models.items()}
             times = paired_times(runs, self.rounds(rounds), self.device)
-            rows.append(time_row(f'train step {cell}', times, self.model_floor(cell, 3)))
+            rows.append(time_row(f'train step {self.label(cell)}', times, self.model_floor(cell, 3)))
         return rows
 
     def memory(self) -> list[dict]:
@@ -138,11 +150,11 @@ class BackboneBench:
         for cell in ACTIVATIONS:
             models, x = self.cell(cell, others=False)
             kept = {name: self.kept_bytes(model, x) for name, model in models.items()}
-            rows.append(memory_row(f'activations {cell}', kept))
+            rows.append(memory_row(f'activations {self.label(cell)}', kept))
             models['ours'].with_cp = True
             checkpointed = {**kept, 'ours': self.kept_bytes(models['ours'], x)}
-            rows.append(memory_row(f'activations {cell}, with_cp', checkpointed))
-        return [*rows, memory_row(f'inference peak {INFERENCE_PEAK}', self.inference_peaks())]
+            rows.append(memory_row(f'activations {self.label(cell)}, with_cp', checkpointed))
+        return [*rows, memory_row(f'inference peak {self.label(INFERENCE_PEAK)}', self.inference_peaks())]
 
     def inference_peaks(self) -> dict[str, int]:
         models, x = self.cell(INFERENCE_PEAK, others=False)
@@ -156,7 +168,7 @@ class BackboneBench:
     def cell(self, cell: str, others: bool = True) -> tuple[dict[str, nn.Module], Tensor]:
         arch, side = cell.split('@')
         models = self.models(arch, (int(side), int(side)), others)
-        return models, torch.randn(1, 3, int(side), int(side), device=self.device)
+        return models, torch.randn(self.images(cell), 3, int(side), int(side), device=self.device)
 
     def models(self, arch: str, size: tuple[int, int], others: bool = False) -> dict[str, nn.Module]:
         """Contenders with equal weights, built for this size, as timm requires."""

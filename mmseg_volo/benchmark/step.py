@@ -12,6 +12,7 @@ from prettytable import PrettyTable
 from torch import Tensor, nn
 
 from .._device import resolve_device
+from ..config import type_name
 from ..errors import UserError
 from .memory import LiveMemory
 from .segmentor import autocast, build_segmentor, random_batch
@@ -150,7 +151,7 @@ def _detached(tensors):
 def _pipeline(cfg, images: int, images_per_second: float) -> None:
     """Print the time of each transform for an image of the data set's size, in one process."""
     scale = next(step['scale'] for step in cfg.train_pipeline if 'scale' in step)
-    steps = [(step['type'], TRANSFORMS.build(step)) for step in cfg.train_pipeline]
+    steps = [(type_name(step), TRANSFORMS.build(step)) for step in cfg.train_pipeline]
     seconds = dict.fromkeys([name for name, _ in steps], 0.0)
     with tempfile.TemporaryDirectory() as folder:
         image, labels = str(Path(folder, 'image.png')), str(Path(folder, 'labels.png'))

@@ -16,10 +16,24 @@ def error(found: Tensor, exact: Tensor) -> float:
 
 def parity_row(what: str, ours: Tensor, theirs: Tensor, exact: Tensor, name: str = 'timm') -> dict:
     """Parity allows at most twice the error of ``theirs``, or the tolerance of the dtype."""
-    floor = 4e-3 if ours.dtype == torch.bfloat16 else 1e-6
-    errors = error(ours, exact), error(theirs, exact)
-    met = errors[0] <= max(2 * errors[1], floor)
-    return {'what': what, 'ours': f'{errors[0]:.1e}', name: f'{errors[1]:.1e}', 'met': met}
+    return _parity_row(what, error(ours, exact), error(theirs, exact), ours.dtype, name)
+
+
+def gradients_row(
+    what: str, ours: dict[str, Tensor], theirs: dict[str, Tensor], exact: dict[str, Tensor], name: str = 'timm'
+) -> dict:
+    """Parity of all gradients, whose keys begin with ``'d '``: our largest error against the largest of theirs."""
+    sizes = {key: value.abs().max() for key, value in exact.items() if key.startswith('d ')}
+    # The exact gradient of a bias before a BatchNorm is zero, so it has no relative error.
+    keys = [key for key, size in sizes.items() if size > 1e-9 * max(sizes.values())]
+    errors = [{key: error(found[key], exact[key]) for key in keys} for found in (ours, theirs)]
+    worst = max(errors[0], key=errors[0].__getitem__)
+    return _parity_row(f'{what} {worst}', errors[0][worst], max(errors[1].values()), ours[worst].dtype, name)
+
+
+def _parity_row(what: str, ours: float, theirs: float, dtype: torch.dtype, name: str) -> dict:
+    floor = 4e-3 if dtype == torch.bfloat16 else 1e-6
+    return {'what': what, 'ours': f'{ours:.1e}', name: f'{theirs:.1e}', 'met': ours <= max(2 * theirs, floor)}
 
 
 def time_row(what: str, times: dict[str, list[float]], floor: float | None = None) -> dict:
