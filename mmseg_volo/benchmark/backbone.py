@@ -173,7 +173,8 @@ class BackboneBench:
     def models(self, arch: str, size: tuple[int, int], others: bool = False) -> dict[str, nn.Module]:
         """Contenders with equal weights, built for this size, as timm requires."""
         torch.manual_seed(0)
-        ours = VOLO(arch, img_size=size)
+        with torch.device(self.device):
+            ours = VOLO(arch, img_size=size)
 
         def theirs(fused: bool) -> nn.Module:
             settings = dict(type='TIMMBackbone', model_name=f'volo_{arch}_224', pretrained=False)
@@ -183,7 +184,10 @@ class BackboneBench:
                 if hasattr(module, 'fused_attn'):
                     module.fused_attn = fused
             inner = model.timm_model.model
-            inner.load_state_dict(ours.state_dict(), strict=False, assign=True)
+            weights = ours.state_dict()
+            # Before 1.0.30, timm keeps the classifier's token, which segmentation does not use.
+            unused = {name: torch.zeros(p.shape) for name, p in inner.named_parameters() if name not in weights}
+            inner.load_state_dict(weights | unused, strict=False, assign=True)
             return model
 
         models = dict(ours=ours, timm=theirs(fused=True), authors=theirs(fused=False))

@@ -45,12 +45,12 @@ class HeadBench:
         cells, size = PARITY
         rows = []
         for cell in cells:
-            cfg, models = self.contenders(CELLS[cell][0], size)
-            images, samples = random_batch(cfg, models['ours'], 2, self.device)
+            cfg, models = self.contenders(CELLS[cell][0], size, dropout=False)
+            images, _ = random_batch(cfg, models['ours'], 2, self.device)
             with torch.backends.cudnn.flags(allow_tf32=False):
                 gradients = {name: self._gradients(model, images) for name, model in models.items()}
             scores = {name: self._scores(model, images).detach() for name, model in models.items()}
-            exact = self.contenders(CELLS[cell][0], size)[1]['mmseg'].double()
+            exact = self.contenders(CELLS[cell][0], size, dropout=False)[1]['mmseg'].double()
             expected = self._gradients(exact, images.double())
             scores['exact'] = self._scores(exact, images.double()).detach()
             rows.append(parity_row(f'{cell}: scores', *scores.values(), 'mmseg'))
@@ -86,15 +86,25 @@ class HeadBench:
             rows.append(memory_row(f'activations {cell}', kept))
         return rows
 
-    def contenders(self, config: str, size: tuple[int, int]) -> tuple[Config, dict[str, nn.Module]]:
-        """The config, and its segmentor with our neck and head and with mmseg's; their weights are equal."""
+    def contenders(
+        self, config: str, size: tuple[int, int], dropout: bool = True
+    ) -> tuple[Config, dict[str, nn.Module]]:
+        """The config, and its segmentor with our neck and head and with mmseg's; their weights are equal.
+
+        ``dropout=False`` is for comparing values: a GPU draws other numbers for other dtypes.
+        """
         cfg = load_config(config, {'crop_size': size})
         cfg.model.data_preprocessor.size = size
         cfg.model.backbone.pop('init_cfg', None)
         if 'img_size' in cfg.model.backbone:
             cfg.model.backbone.img_size = size
+        if not dropout:
+            cfg.model.backbone.drop_path_rate = 0.0
+            for head in (cfg.model.decode_head, cfg.model.get('auxiliary_head') or {}):
+                head.update(dropout_ratio=0.0)
         torch.manual_seed(0)
-        ours = MODELS.build(cfg.model)
+        with torch.device(self.device):
+            ours = MODELS.build(cfg.model)
         settings = cfg.model.to_dict()
         for part in ('neck', 'decode_head', 'auxiliary_head'):
             if settings.get(part):
@@ -139,14 +149,12 @@ class HeadBench:
         return sum(value for key, value in losses.items() if 'loss' in key)
 
     def _scores(self, model: nn.Module, images: Tensor) -> Tensor:
-        """Scores in training mode in the measured precision, or in float64; every model draws the same numbers."""
-        torch.manual_seed(0)
+        """Scores in training mode in the measured precision, or in float64."""
         with nullcontext() if images.dtype == torch.float64 else autocast(self.device):
             return model.train()(images)
 
     def _gradients(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-        """Gradients of all parameters in the precision of ``images``; every model draws the same numbers."""
-        torch.manual_seed(0)
+        """Gradients of all parameters in the precision of ``images``."""
         scores = model.train()(images)
         cotangent = torch.linspace(-1, 1, scores.numel(), device=scores.device, dtype=scores.dtype)
         scores.flatten().dot(cotangent).backward()

@@ -49,7 +49,7 @@ def run_benchmark(
         compiled: also measure timm under ``torch.compile``, which takes minutes on a CPU.
         out: JSON file that also gets every measurement.
         tables: keys of ``TITLES`` or ``MORE``; the others are left out.
-        segmentors: configs whose whole train step is measured on a GPU.
+        segmentors: configs whose whole train step is measured on a GPU, together with ``'segmentor-memory'``.
 
     Raises:
         UserError: the device is missing, the file is not writable, or parity failed.
@@ -91,7 +91,7 @@ def run_benchmark(
     for name in tables:
         found[name] = measures[name]()
         print_table(found[name], f'{(TITLES | MORE)[name]} ({dtype})')
-    if device == 'cuda' and of_heads:
+    if device == 'cuda' and 'segmentor-memory' in tables:
         found['recipes'] = [segmentor_speed(config, device) for config in segmentors]
         print_table(found['recipes'], 'whole train step, bfloat16 autocast, AdamW')
     result = dict(environment=environment(device), tables=found)

@@ -18,7 +18,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .sizes import is_exporting
 
-CHUNK = {'cpu': 2**22, 'cuda': 2**24}  # bytes of scores at a time; on a CPU they should stay in the cache
+# Bytes of scores at a time: on a CPU they should stay in the cache, on a GPU few kernels should do much work.
+CHUNK = {'cpu': 2**22, 'cuda': 2**27}
 
 
 def biased_attention(

@@ -23,9 +23,9 @@ def norm_relu(x: Tensor, norm: nn.Module, activate: nn.Module) -> Tensor:
         return activate(norm(x))
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
-    y, mean, scale = _NormRelu.apply(x, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm)
-    x, weight, bias = x.detach(), norm.weight.detach(), norm.bias.detach()
-    set_recipe(y, lambda: _normalise(x, weight, bias, mean, scale).relu_())
+    y, factor, offset = _NormRelu.apply(x, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm)
+    x = x.detach()
+    set_recipe(y, lambda: torch.addcmul(offset, x, factor).relu_())
     return y
 
 
@@ -72,29 +72,26 @@ def _is_supported(norm: nn.Module, activate: nn.Module) -> bool:
     )
 
 
-def _normalise(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-    """BatchNorm of a channels-last ``x`` with known statistics; ``scale`` is the inverse standard deviation."""
-    factor = weight.to(mean.dtype) * scale
-    offset = bias.to(mean.dtype) - mean * factor
-    return torch.addcmul(offset.to(x.dtype)[:, None, None], x, factor.to(x.dtype)[:, None, None])
-
-
 class _NormRelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, running_mean, running_var, norm):
         y, mean, scale = torch.native_batch_norm(
             x, weight, bias, running_mean, running_var, True, norm.momentum, norm.eps
         )
-        ctx.save_for_backward(x, weight, bias, mean, scale)
+        factor = weight.to(mean.dtype) * scale  # scale is the inverse standard deviation
+        offset = bias.to(mean.dtype) - mean * factor
+        factor, offset = (z.to(x.dtype)[:, None, None] for z in (factor, offset))
+        ctx.save_for_backward(x, weight, mean, scale, factor, offset)
         ctx.eps = norm.eps
-        ctx.mark_non_differentiable(mean, scale)
-        return y.relu_(), mean, scale
+        ctx.mark_non_differentiable(factor, offset)
+        ctx.set_materialize_grads(False)
+        return y.relu_(), factor, offset
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, *_):
-        x, weight, bias, mean, scale = ctx.saved_tensors
-        y = _normalise(x, weight, bias, mean, scale)
+        x, weight, mean, scale, factor, offset = ctx.saved_tensors
+        y = torch.addcmul(offset, x, factor)  # the result of BatchNorm
         torch.ops.aten.threshold_backward.grad_input(grad, y, 0, grad_input=y)
         gradients = torch.ops.aten.native_batch_norm_backward(
             y, x, weight, None, None, mean, scale, True, ctx.eps, list(ctx.needs_input_grad[:3])

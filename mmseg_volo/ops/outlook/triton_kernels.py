@@ -10,7 +10,6 @@ window is the weight with which position v contributes to position u. Block (i, 
 """
 
 import math
-from functools import lru_cache
 
 import torch
 import triton
@@ -22,7 +21,7 @@ HEAD_WIDTHS = (8, 16, 32, 64, 128)
 TAPS = tl.constexpr(81)
 # The weights have shape [N, tiles, TAPS, TILE]. Windows are last, so the distance between two taps is a constant.
 TILE = tl.constexpr(16)
-SOFTMAX_WINDOWS = 128
+SOFTMAX_WINDOWS = 64
 
 
 @triton.jit
@@ -260,20 +259,15 @@ def _sizes(logits: Tensor, value: Tensor) -> tuple[int, int, int, int]:
 def _launch(kernel, logits: Tensor, value: Tensor, *args, **constants) -> None:
     B, h, w, N, _, _ = logits.shape
     d = value.shape[-1] // N
-    if INTERPRETED or kernel is dlogits_kernel:  # its sums across threads depend on num_warps
-        constants |= configurations(d)[0].all_kwargs()
-    else:
-        # Sizes between two powers of two share one choice, because a data set can have hundreds of image sizes.
-        kernel = _tuned(kernel, d, N, (B * h * w).bit_length())
-    kernel[lambda meta: (triton.cdiv(w, meta['BW']) * B * h, N)](*args, N=N, D=d, **constants)
+    block, warps = blocks(kernel, d)
+    kernel[(triton.cdiv(w, block) * B * h, N)](*args, N=N, D=d, BW=block, num_warps=warps, **constants)
 
 
-def configurations(head_width: int) -> list[triton.Config]:
-    """The autotuner's choices, with 8 elements of a token per thread. All give the same bits in ``gather_kernel``."""
-    return [triton.Config({'BW': 8 * 32 * warps // head_width}, num_warps=warps) for warps in (1, 2, 4)]
+def blocks(kernel, head_width: int) -> tuple[int, int]:
+    """Columns of windows and number of warps of a program, with 8 elements of a token per thread.
 
-
-@lru_cache
-def _tuned(kernel, head_width: int, heads: int, size: int):
-    """The kernel with its own autotuner. The autotuner's key includes the dtypes."""
-    return triton.autotune(configurations(head_width), key=[])(kernel)
+    They were the fastest of 11 choices (gather) and 8 (gradient of the logits) for D1 at 512 on an H100. An autotuner
+    could choose differently in the next run, and then the last bits differ.
+    """
+    warps = 1 if kernel is dlogits_kernel else 4
+    return 8 * 32 * warps // head_width, warps

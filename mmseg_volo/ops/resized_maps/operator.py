@@ -14,11 +14,13 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..choices import choices_table
 from . import same_size
+from .taps import matrices
 
 # In order of preference.
 MODULES = 'cpu', 'matmul'
 FORCE = 'MMSEG_VOLO_RESIZED_CONV'
-SAVING = 300  # see _direct
+SAVING = 300  # see _saves_time
+LAUNCHES, TRAFFIC = 10**11, 2000
 
 
 def choose(x: Tensor) -> ModuleType:
@@ -52,7 +54,7 @@ def resized_conv_op(maps: list[Tensor], weight: Tensor, height: int, width: int,
     """Opaque operator for torch.compile, torch.export and autograd, which chooses an implementation when it runs."""
     size = height, width
     parts = _parts(maps, weight)
-    direct = _direct(maps, size)
+    direct = _direct(maps, weight, size)
     with torch.autocast(weight.device.type, enabled=False):
         if direct:
             joined = _joined([maps[i] for i in direct], size, align_corners)
@@ -75,7 +77,7 @@ def resized_conv_backward_op(
     size = tuple(grad.shape[2:])
     grad = _rows(grad)
     parts = _parts(maps, weight)
-    direct = _direct(maps, size)
+    direct = _direct(maps, weight, size)
     dmaps: list[Tensor | None] = [None] * len(maps)
     dparts: list[Tensor | None] = [None] * len(maps)
     with torch.autocast(weight.device.type, enabled=False):
@@ -137,17 +139,25 @@ def _differentiate(ctx, grad: Tensor):
 resized_conv_op.register_autograd(_differentiate, setup_context=_save)
 
 
-def _direct(maps: list[Tensor], size: tuple[int, int]) -> list[int]:
-    """Indices of the maps that are resized and then convolved, because their own resolution saves no time.
+def _direct(maps: list[Tensor], weight: Tensor, size: tuple[int, int]) -> list[int]:
+    """Indices of the maps that are resized and then convolved, because their own resolution saves no time."""
+    return [i for i, x in enumerate(maps) if not _saves_time(x, weight, *size)]
 
-    It saves multiplications and adds memory traffic for the products. On a CPU it pays from (H W / h w - 1) C = 300 on.
+
+def _saves_time(x: Tensor, weight: Tensor, H: int, W: int) -> bool:
+    """Whether the saved multiplications take longer than what the method adds.
+
+    On a CPU that is the memory traffic of the products: it pays from (H W / h w - 1) C = 300 on. On a GPU it is a
+    dozen kernels, in whose time an H100 does 10^11 multiplications, and traffic, worth 2000 for each element of the
+    output.
     """
-    H, W = size
-    return [
-        i
-        for i, (_, C, h, w) in enumerate(x.shape for x in maps)
-        if h > H or w > W or (H * W - h * w) * C < SAVING * h * w
-    ]
+    B, C, h, w = x.shape
+    if h > H or w > W:
+        return False
+    if x.device.type == 'cuda':
+        saved = B * (H * W - h * w) * C * len(weight) * weight.shape[2] ** 2
+        return saved >= LAUNCHES + TRAFFIC * B * H * W * len(weight)
+    return (H * W - h * w) * C >= SAVING * h * w
 
 
 def _joined(maps: list[Tensor], size: tuple[int, int], align_corners: bool) -> Tensor:
@@ -164,6 +174,14 @@ def _unresized(dx: Tensor, x: Tensor, align_corners: bool) -> Tensor:
     dx = dx.contiguous().permute(0, 3, 1, 2)
     if dx.shape == x.shape:
         return dx
+    if dx.device.type == 'cuda':  # PyTorch's gradient of a resize adds in random order there
+        (h, w), (H, W) = x.shape[2:], dx.shape[2:]
+        down, right = (
+            matrices(source, target, 1, align_corners, dx.dtype, str(dx.device))[0]
+            for source, target in ((h, H), (w, W))
+        )
+        narrow = right.t() @ _rows(dx).flatten(0, 1)  # B H, w, C
+        return (down.t() @ narrow.view(len(dx), H, -1)).view(len(dx), h, w, -1).permute(0, 3, 1, 2)
     gradient = torch.ops.aten.upsample_bilinear2d_backward(dx, dx.shape[2:], x.shape, align_corners, None, None)
     return _rows(gradient).permute(0, 3, 1, 2)
 
