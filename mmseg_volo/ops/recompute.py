@@ -7,8 +7,7 @@ as usual, and its outputs are stored. Tokens are ``[B, H, W, C]``, or maps ``[B,
 ``LayerNorm2d`` and 1x1 convolutions.
 """
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +27,7 @@ def norm_linear(x: Tensor, norm: nn.Module, linear: nn.Module) -> Tensor:
     if not (_is_plain_norm(norm, maps) and _is_plain_linear(linear, maps)):
         return linear(norm(x))
     parameters = (norm.weight, norm.bias, norm.eps, linear.weight.flatten(1), linear.bias)
-    return _on_tokens(maps, _NormLinear, x, *parameters)
+    return _on_tokens(maps, _NormLinear.apply if torch.is_grad_enabled() else _norm_linear, x, *parameters)
 
 
 def norm_linear_pool(x: Tensor, norm: nn.Module, linear: nn.Module, pool: nn.Module) -> tuple[Tensor, Tensor]:
@@ -37,7 +36,8 @@ def norm_linear_pool(x: Tensor, norm: nn.Module, linear: nn.Module, pool: nn.Mod
     if not plain or linear.bias is not None:
         y = norm(x)
         return linear(y), pool(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    return _NormLinearPool.apply(x, norm.weight, norm.bias, norm.eps, linear.weight, pool.stride, _matmul_dtype(x))
+    parameters = (norm.weight, norm.bias, norm.eps, linear.weight, pool.stride, _matmul_dtype(x))
+    return (_NormLinearPool.apply if torch.is_grad_enabled() else _norm_linear_pool)(x, *parameters)
 
 
 def norm_mlp(x: Tensor, norm: nn.Module, mlp: nn.Module) -> Tensor:
@@ -47,14 +47,14 @@ def norm_mlp(x: Tensor, norm: nn.Module, mlp: nn.Module) -> Tensor:
         return mlp(norm(x))
     fc1, fc2 = mlp.fc1, mlp.fc2
     parameters = (norm.weight, norm.bias, norm.eps, fc1.weight.flatten(1), fc1.bias, fc2.weight.flatten(1), fc2.bias)
-    return _on_tokens(maps, _NormMlp, x, *parameters)
+    return _on_tokens(maps, _NormMlp.apply if torch.is_grad_enabled() else _norm_mlp, x, *parameters)
 
 
-def _on_tokens(maps: bool, function: type[torch.autograd.Function], x: Tensor, *parameters: Tensor | float) -> Tensor:
-    """Apply ``function`` to tokens, or to the tokens of maps."""
+def _on_tokens(maps: bool, function: Callable[..., Tensor], x: Tensor, *parameters: Tensor | float) -> Tensor:
+    """Call ``function`` with tokens, or with the tokens of maps."""
     if not maps:
-        return function.apply(x, *parameters, _matmul_dtype(x))
-    return function.apply(x.permute(0, 2, 3, 1), *parameters, _matmul_dtype(x)).permute(0, 3, 1, 2)
+        return function(x, *parameters, _matmul_dtype(x))
+    return function(x.permute(0, 2, 3, 1), *parameters, _matmul_dtype(x)).permute(0, 3, 1, 2)
 
 
 def _is_plain_norm(norm: nn.Module, maps: bool = False) -> bool:
@@ -90,9 +90,21 @@ def _matmul_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _without_autocast(x: Tensor) -> AbstractContextManager:
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+class _WithoutAutocast:
+    """Context like ``torch.autocast(device, enabled=False)``, for less of a GPU's waiting time."""
+
+    def __init__(self, x: Tensor):
+        self.device = x.device.type
+
+    def __enter__(self) -> None:
+        available = torch.amp.is_autocast_available(self.device)
+        self.enabled = available and torch.is_autocast_enabled(self.device)
+        if self.enabled:
+            torch.set_autocast_enabled(self.device, False)
+
+    def __exit__(self, *error: object) -> None:
+        if self.enabled:
+            torch.set_autocast_enabled(self.device, True)
 
 
 def _normalise(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,14 +128,18 @@ def _linear_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None)
     return products.weight_gradient(dy, x).to(weight.dtype), dbias
 
 
+def _norm_linear(x, norm_weight, norm_bias, eps, weight, bias, dtype):
+    with _WithoutAutocast(x):
+        y = _normalise(x, norm_weight, norm_bias, eps)[0]
+    return products.linear(y, weight, bias)  # autocast keeps the weight that it casts, until its end
+
+
 class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, norm_weight, norm_bias, eps, weight, bias, dtype):
         ctx.save_for_backward(x, norm_weight, norm_bias, weight, bias)
         ctx.eps, ctx.dtype = eps, dtype
-        with _without_autocast(x):
-            y = _normalise(x, norm_weight, norm_bias, eps)[0].to(dtype)
-            return products.linear(y, weight.to(dtype), None if bias is None else bias.to(dtype))
+        return _norm_linear(x, norm_weight, norm_bias, eps, weight, bias, dtype)
 
     @staticmethod
     @once_differentiable
@@ -137,14 +153,18 @@ class _NormLinear(torch.autograd.Function):
         return *_normalise_backward(dy, x, mean, rstd, norm_weight, norm_bias, need), None, dweight, dbias, None
 
 
+def _norm_linear_pool(x, norm_weight, norm_bias, eps, weight, stride, dtype):
+    with _WithoutAutocast(x):
+        y = _normalise(x, norm_weight, norm_bias, eps)[0].to(dtype)
+    return products.linear(y, weight), _pool(y, stride)
+
+
 class _NormLinearPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, norm_weight, norm_bias, eps, weight, stride, dtype):
         ctx.save_for_backward(x, norm_weight, norm_bias, weight)
         ctx.eps, ctx.stride, ctx.dtype = eps, stride, dtype
-        with _without_autocast(x):
-            y = _normalise(x, norm_weight, norm_bias, eps)[0].to(dtype)
-            return products.linear(y, weight.to(dtype)), _pool(y, stride)
+        return _norm_linear_pool(x, norm_weight, norm_bias, eps, weight, stride, dtype)
 
     @staticmethod
     @once_differentiable
@@ -168,19 +188,29 @@ class _NormLinearPool(torch.autograd.Function):
         return *_normalise_backward(dy, x, mean, rstd, norm_weight, norm_bias, need), None, dweight, None, None
 
 
+def _norm_mlp(x, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, dtype, keep=None):
+    """``keep`` is called with the output of the first layer, which is otherwise overwritten."""
+    with _WithoutAutocast(x):
+        y = _normalise(x, norm_weight, norm_bias, eps)[0]
+    hidden = products.linear(y, weight1, bias1)
+    del y
+    if keep:
+        keep(hidden)
+    gelu = F.gelu if keep else torch.ops.aten.gelu_
+    parts = [products.linear(gelu(rows), weight2, bias2) for (rows,) in _by_rows(hidden)]
+    return _joined(parts).view(*x.shape[:-1], len(weight2))
+
+
 class _NormMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, dtype):
         ctx.eps, ctx.dtype = eps, dtype
-        with _without_autocast(x):
-            y = _normalise(x, norm_weight, norm_bias, eps)[0].to(dtype)
-            hidden = products.linear(y, weight1.to(dtype), bias1.to(dtype))
-            del y
+
+        def keep(hidden: Tensor) -> None:
             ctx.save_for_backward(x, norm_weight, norm_bias, hidden, weight1, bias1, weight2, bias2)
-            gelu = F.gelu if any(ctx.needs_input_grad) else torch.ops.aten.gelu_
-            second = weight2.to(dtype), bias2.to(dtype)
-            parts = [products.linear(gelu(rows), *second) for (rows,) in _by_rows(hidden)]
-            return _joined(parts).view(*x.shape[:-1], len(weight2))
+
+        parameters = (norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, dtype)
+        return _norm_mlp(x, *parameters, keep if any(ctx.needs_input_grad) else None)
 
     @staticmethod
     @once_differentiable
