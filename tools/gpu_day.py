@@ -18,19 +18,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ('torch', 'triton', 'timm', 'onedl-mmcv', 'onedl-mmengine', 'onedl-mmsegmentation')
 MINUTES = 40  # of all parts together
 TABLES = {  # with seconds
-    'backbone': ('operator forward train-step memory', 360),
+    'backbone': ('operator forward train-step memory', 250),
     'segmentor': ('segmentor', 150),
     'recipes': ('segmentor-memory', 150),
     'attention': ('biased-attention', 120),
 }
-TABLES_ON_CPU = {'backbone': ('operator', 360)}
+TABLES_ON_CPU = {'backbone': ('operator', 250)}
 ON_CAMVID = {'volo_d1_camvid': 8000, 'resnet50_camvid': 8000, 'swin_t_camvid': 8000, 'coatnet_nano_rw_camvid': 4000}
 
 
@@ -42,7 +42,6 @@ class Part:
         name: names its file.
         words: the arguments of Python.
         seconds: it is stopped after as many; what it has printed until then is kept.
-        settings: environment variables.
         after: name of a part that must have succeeded.
         resumes: the next call continues it if it was stopped.
     """
@@ -50,7 +49,6 @@ class Part:
     name: str
     words: tuple[str, ...]
     seconds: int
-    settings: dict[str, str] = field(default_factory=dict)
     after: str | None = None
     resumes: bool = False
 
@@ -87,6 +85,7 @@ def parts(device: str, data: str | None, out: Path) -> list[Part]:
             for config in profiled
         ),
         Part('sliding', command(f'benchmark-sliding volo_tiny_toy_streets --device {device} --sizes {sizes}'), 60),
+        *([] if small else [Part('kernels', ('tools/time_outlook.py',), 120)]),
         *_switches(small, folder),
         *(_inference(data, folder) if data and not small else ()),
         *(part for config in (ON_CAMVID if data and not small else ()) for part in _training(config, data, folder)),
@@ -108,9 +107,7 @@ def _switches(small: bool, folder: str) -> Iterator[Part]:
     for name, switch in switches.items():
         line = f'train volo_tiny_toy_streets --seed 0 {switch} --work-dir {folder}/{name} --cfg-options {options}'
         yield Part(f'train_{name}', command(line), 120, after='toy_streets')
-    # PyTorch's other check whether there is a GPU leaves forked processes without one.
-    check = {'PYTORCH_NVML_BASED_CUDA_CHECK': '1'}
-    yield Part('same_seed', ('tests/soak/same_seed.py', '--short'), 90, check)
+    yield Part('same_seed', ('tests/soak/same_seed.py', '--short'), 90)
 
 
 def _inference(data: str, folder: str) -> Iterator[Part]:
@@ -133,7 +130,7 @@ def run(part: Part, out: Path, seconds: float) -> dict:
     """Run a part for ``seconds`` at most; returns its exit status, 'stopped' or 'failed to start', and its time."""
     start = time.monotonic()
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get('PYTHONPATH'))))
-    environment = {**os.environ, 'PYTHONPATH': path, 'PYTHONWARNINGS': 'ignore', **part.settings}
+    environment = {**os.environ, 'PYTHONPATH': path, 'PYTHONWARNINGS': 'ignore'}
     with (out / f'{part.name}.txt').open('w') as file:
         process = subprocess.Popen(
             [sys.executable, *part.words],

@@ -1,5 +1,6 @@
 """Helpers of the soak scripts: toy data, training in child processes, a table of results."""
 
+import ast
 import os
 import shutil
 import signal
@@ -58,6 +59,8 @@ def options(place: Path, **more: object) -> dict:
 
 def start_training(work_dir: Path, **settings: object) -> int:
     """Train in a child process with its own process group; return its id. Its output goes to ``<work_dir>.log``."""
+    if torch.cuda.is_available():  # a forked child could not use the GPU
+        return _spawn_training(work_dir, settings)
 
     def work() -> None:
         with one_sentence_errors():
@@ -85,6 +88,17 @@ def start_child(work: Callable[[], object], log: str = os.devnull) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _spawn_training(work_dir: Path, settings: dict) -> int:
+    log = (1, f'{work_dir}.log', os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    return os.posix_spawn(
+        sys.executable,
+        [sys.executable, __file__, str(work_dir), repr(settings)],
+        os.environ,
+        file_actions=[(os.POSIX_SPAWN_OPEN, *log), (os.POSIX_SPAWN_DUP2, 1, 2)],
+        setsid=True,
+    )
 
 
 def wait(pid: int, seconds: float = 600) -> int | None:
@@ -155,3 +169,8 @@ class Report:
     def finish(self) -> None:
         print(self.table)
         sys.exit(0 if self.fine else 1)
+
+
+if __name__ == '__main__':
+    with one_sentence_errors():
+        train(str(CONFIG), sys.argv[1], **ast.literal_eval(sys.argv[2]))
