@@ -29,6 +29,7 @@ def main() -> None:
     state = {name: _halved(tensor).contiguous() for name, tensor in model.state_dict().items()}
     path = FOLDER / f'{args.config}.safetensors'
     save_file(state, str(path), metadata=dict(format='pt'))
+    path.chmod(0o644)  # safetensors makes it unreadable for others
     index = json.loads((FOLDER / 'index.json').read_text())
     index[args.config] = dict(sha256=file_sha256(path))
     (FOLDER / 'index.json').write_text(json.dumps(index, indent=2, sort_keys=True) + '\n')

@@ -108,6 +108,13 @@ def test_contenders_alternate():
     assert order == ['a', 'b'] * 3 and [len(seconds) for seconds in times.values()] == [2, 2]
 
 
+def test_a_contender_that_runs_out_of_memory_has_no_times():
+    def too_large():
+        raise torch.OutOfMemoryError
+
+    assert list(paired_times(dict(ours=lambda: None, theirs=too_large), 2, 'cpu')) == ['ours']
+
+
 def test_live_memory_counts_saved_activations():
     x = torch.randn(1000, requires_grad=True)
     with LiveMemory() as memory:

@@ -8,7 +8,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mmseg_volo.ops import explain, native, resized_conv
 from mmseg_volo.ops.pooling import adaptive_avg_pool
 from mmseg_volo.ops.resized_maps import cpu, same_size
-from mmseg_volo.ops.resized_maps.operator import FORCE, choose, resized_conv_backward_op, resized_conv_op
+from mmseg_volo.ops.resized_maps.operator import (
+    FORCE,
+    _direct,
+    choose,
+    resized_conv_backward_op,
+    resized_conv_op,
+)
 from mmseg_volo.ops.resized_maps.reference import resized_conv_reference
 
 # Sizes of the maps, size of the output, channels of each map, output channels, kernel.
@@ -92,6 +98,18 @@ def test_two_runs_give_the_same_bits(case):
     first, second = (results(resized_conv, case, torch.float32) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize(
+    ('batch', 'side', 'channels', 'expected'),
+    [(8, 256, 512, [0]), (1, 32, 512, [0, 1]), (8, 256, 48, [0, 1])],
+    ids=['large', 'small', 'few channels'],
+)
+def test_on_a_gpu_only_much_work_is_done_at_the_maps_resolution(batch, side, channels, expected):
+    with FakeTensorMode():
+        maps = [torch.empty(batch, channels, s, s, device='cuda') for s in (side, side // 2)]
+        weight = torch.empty(channels, 2 * channels, 3, 3, device='cuda')
+        assert _direct(maps, weight, (side, side)) == expected
 
 
 def test_only_maps_and_weight_are_stored():

@@ -36,7 +36,7 @@ def norm_linear_pool(x: Tensor, norm: nn.Module, linear: nn.Module, pool: nn.Mod
     if not plain or linear.bias is not None:
         y = norm(x)
         return linear(y), pool(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    parameters = (norm.weight, norm.bias, norm.eps, linear.weight, pool.stride, _matmul_dtype(x))
+    parameters = (norm.weight, norm.bias, norm.eps, linear.weight, pool.stride)
     return (_NormLinearPool.apply if torch.is_grad_enabled() else _norm_linear_pool)(x, *parameters)
 
 
@@ -52,9 +52,7 @@ def norm_mlp(x: Tensor, norm: nn.Module, mlp: nn.Module) -> Tensor:
 
 def _on_tokens(maps: bool, function: Callable[..., Tensor], x: Tensor, *parameters: Tensor | float) -> Tensor:
     """Call ``function`` with tokens, or with the tokens of maps."""
-    if not maps:
-        return function(x, *parameters, _matmul_dtype(x))
-    return function(x.permute(0, 2, 3, 1), *parameters, _matmul_dtype(x)).permute(0, 3, 1, 2)
+    return function(x.permute(0, 2, 3, 1), *parameters).permute(0, 3, 1, 2) if maps else function(x, *parameters)
 
 
 def _is_plain_norm(norm: nn.Module, maps: bool = False) -> bool:
@@ -128,7 +126,7 @@ def _linear_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None)
     return products.weight_gradient(dy, x).to(weight.dtype), dbias
 
 
-def _norm_linear(x, norm_weight, norm_bias, eps, weight, bias, dtype):
+def _norm_linear(x, norm_weight, norm_bias, eps, weight, bias):
     with _WithoutAutocast(x):
         y = _normalise(x, norm_weight, norm_bias, eps)[0]
     return products.linear(y, weight, bias)  # autocast keeps the weight that it casts, until its end
@@ -136,10 +134,10 @@ def _norm_linear(x, norm_weight, norm_bias, eps, weight, bias, dtype):
 
 class _NormLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, norm_weight, norm_bias, eps, weight, bias, dtype):
+    def forward(ctx, x, norm_weight, norm_bias, eps, weight, bias):
         ctx.save_for_backward(x, norm_weight, norm_bias, weight, bias)
-        ctx.eps, ctx.dtype = eps, dtype
-        return _norm_linear(x, norm_weight, norm_bias, eps, weight, bias, dtype)
+        ctx.eps, ctx.dtype = eps, _matmul_dtype(x)
+        return _norm_linear(x, norm_weight, norm_bias, eps, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -150,21 +148,22 @@ class _NormLinear(torch.autograd.Function):
         del y
         dy = products.linear(grad, weight.to(ctx.dtype).t())
         need = list(ctx.needs_input_grad[:3])
-        return *_normalise_backward(dy, x, mean, rstd, norm_weight, norm_bias, need), None, dweight, dbias, None
+        return *_normalise_backward(dy, x, mean, rstd, norm_weight, norm_bias, need), None, dweight, dbias
 
 
-def _norm_linear_pool(x, norm_weight, norm_bias, eps, weight, stride, dtype):
+def _norm_linear_pool(x, norm_weight, norm_bias, eps, weight, stride):
     with _WithoutAutocast(x):
-        y = _normalise(x, norm_weight, norm_bias, eps)[0].to(dtype)
+        y = _normalise(x, norm_weight, norm_bias, eps)[0]
+    y = y.to(_matmul_dtype(x))
     return products.linear(y, weight), _pool(y, stride)
 
 
 class _NormLinearPool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, norm_weight, norm_bias, eps, weight, stride, dtype):
+    def forward(ctx, x, norm_weight, norm_bias, eps, weight, stride):
         ctx.save_for_backward(x, norm_weight, norm_bias, weight)
-        ctx.eps, ctx.stride, ctx.dtype = eps, stride, dtype
-        return _norm_linear_pool(x, norm_weight, norm_bias, eps, weight, stride, dtype)
+        ctx.eps, ctx.stride, ctx.dtype = eps, stride, _matmul_dtype(x)
+        return _norm_linear_pool(x, norm_weight, norm_bias, eps, weight, stride)
 
     @staticmethod
     @once_differentiable
@@ -185,10 +184,10 @@ class _NormLinearPool(torch.autograd.Function):
         ).permute(0, 2, 3, 1)
         del y
         need = list(ctx.needs_input_grad[:3])
-        return *_normalise_backward(dy, x, mean, rstd, norm_weight, norm_bias, need), None, dweight, None, None
+        return *_normalise_backward(dy, x, mean, rstd, norm_weight, norm_bias, need), None, dweight, None
 
 
-def _norm_mlp(x, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, dtype, keep=None):
+def _norm_mlp(x, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, keep=None):
     """``keep`` is called with the output of the first layer, which is otherwise overwritten."""
     with _WithoutAutocast(x):
         y = _normalise(x, norm_weight, norm_bias, eps)[0]
@@ -203,13 +202,13 @@ def _norm_mlp(x, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, dt
 
 class _NormMlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, dtype):
-        ctx.eps, ctx.dtype = eps, dtype
+    def forward(ctx, x, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2):
+        ctx.eps, ctx.dtype = eps, _matmul_dtype(x)
 
         def keep(hidden: Tensor) -> None:
             ctx.save_for_backward(x, norm_weight, norm_bias, hidden, weight1, bias1, weight2, bias2)
 
-        parameters = (norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, dtype)
+        parameters = (norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2)
         return _norm_mlp(x, *parameters, keep if any(ctx.needs_input_grad) else None)
 
     @staticmethod
@@ -232,7 +231,7 @@ class _NormMlp(torch.autograd.Function):
             del of_second, dhidden, y, of_first, dy
         dx = _joined(parts).view(x.shape) if need[0] else None
         dnorm_weight, dnorm_bias, *others = gradients
-        return dx, dnorm_weight, dnorm_bias, None, *others, None
+        return dx, dnorm_weight, dnorm_bias, None, *others
 
 
 def _by_rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
