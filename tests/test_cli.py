@@ -14,7 +14,7 @@ from mmseg_volo.errors import UserError
 from mmseg_volo_cli import COMMANDS, main, parser
 
 WITHOUT_TOOL = {'completion'}  # only of use for the installed command
-OF_THE_CLONE = {'claims', 'gpu-day', 'efficientnet-lite0-weights'}  # they need a clone
+OF_THE_CLONE = {'claims', 'gpu-day', 'time-outlook', 'efficientnet-lite0-weights'}  # they need a clone
 
 
 def python(*words: str, **environment: str) -> subprocess.CompletedProcess:
