@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .taps import matrices
+from .taps import both_axes
 
 GROUP = 2**28  # bytes of the widest maps at a time
 
@@ -53,10 +53,7 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, align_corners: bool, need:
 
 def _matrices(x: Tensor, H: int, W: int, kernel: int, align_corners: bool) -> tuple[Tensor, Tensor]:
     """Resize and shift of the rows ``[H, k h]`` and of the columns ``[W, w k]``."""
-    down, right = (
-        matrices(source, target, kernel, align_corners, x.dtype, str(x.device))
-        for source, target in ((x.shape[1], H), (x.shape[2], W))
-    )
+    down, right = both_axes(x.shape[1:3], (H, W), kernel, align_corners, x)
     return down.permute(1, 0, 2).reshape(H, -1), right.permute(1, 2, 0).reshape(W, -1)
 
 

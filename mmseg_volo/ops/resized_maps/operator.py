@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..choices import choices_table
 from . import same_size
-from .taps import matrices
+from .taps import both_axes
 
 # In order of preference.
 MODULES = 'cpu', 'matmul'
@@ -175,11 +175,8 @@ def _unresized(dx: Tensor, x: Tensor, align_corners: bool) -> Tensor:
     if dx.shape == x.shape:
         return dx
     if dx.device.type == 'cuda':  # PyTorch's gradient of a resize adds in random order there
-        (h, w), (H, W) = x.shape[2:], dx.shape[2:]
-        down, right = (
-            matrices(source, target, 1, align_corners, dx.dtype, str(dx.device))[0]
-            for source, target in ((h, H), (w, W))
-        )
+        (h, w), H = x.shape[2:], dx.shape[2]
+        (down,), (right,) = both_axes((h, w), dx.shape[2:], 1, align_corners, dx)
         narrow = right.t() @ _rows(dx).flatten(0, 1)  # B H, w, C
         return (down.t() @ narrow.view(len(dx), H, -1)).view(len(dx), h, w, -1).permute(0, 3, 1, 2)
     gradient = torch.ops.aten.upsample_bilinear2d_backward(dx, dx.shape[2:], x.shape, align_corners, None, None)

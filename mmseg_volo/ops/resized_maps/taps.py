@@ -1,5 +1,6 @@
 """The bilinear resize and shift of one axis, as a matrix and as lists of its few non-zero elements."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -15,6 +16,17 @@ def matrices(source: int, target: int, kernel: int, align_corners: bool, dtype: 
         resize = F.interpolate(identity, target, mode='linear', align_corners=align_corners)[0].t()
         padded = F.pad(resize, (0, 0, kernel // 2, kernel // 2))
         return torch.stack([padded[k : k + target] for k in range(kernel)]).to(device, dtype)
+
+
+def both_axes(
+    source: Sequence[int], target: Sequence[int], kernel: int, align_corners: bool, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """:func:`matrices` of the rows and of the columns, in dtype and on device of ``like``."""
+    rows, columns = (
+        matrices(before, after, kernel, align_corners, like.dtype, str(like.device))
+        for before, after in zip(source, target, strict=True)
+    )
+    return rows, columns
 
 
 @lru_cache(256)

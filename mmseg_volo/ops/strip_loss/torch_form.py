@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..resized_maps.taps import matrices
+from ..resized_maps.taps import both_axes
 from .taps import taps
 
 # Bytes of scores at a time: on a CPU they should stay in the cache, on a GPU few kernels should do much work.
@@ -33,6 +33,9 @@ def compute(
     top, bottom, share = _taps(h, H, align_corners, scores.device, dtype)
     total, correct = scores.new_zeros((), dtype=dtype), torch.zeros((), dtype=torch.int64, device=scores.device)
     gradient = torch.zeros(scores.shape, dtype=dtype, device=scores.device) if need_gradient else None
+    if gradient is not None:
+        # PyTorch's own gradient of a resize adds in random order on a GPU; products with its matrices do not.
+        (down,), (right,) = both_axes((h, w), (H, W), 1, align_corners, gradient)
     if class_weight is not None:
         class_weight = class_weight.to(dtype)
     for images, rows in _strips(B, H, K * W * dtype.itemsize, scores.device.type):
@@ -49,11 +52,6 @@ def compute(
         correct += ((own >= log.amax(1)) & valid).sum()
         if gradient is not None:
             high = log.exp_().scatter_add_(1, index, torch.full_like(own, -1)[:, None]).mul_(weight[:, None])
-            # Products with the resize's matrices: PyTorch's own gradient of a resize adds in random order on a GPU.
-            down, right = (
-                matrices(source, target, 1, align_corners, dtype, str(scores.device))[0]
-                for source, target in ((h, H), (w, W))
-            )
             gradient[images] += down[rows].t() @ (high @ right)
     return total, correct, None if gradient is None else gradient.to(scores.dtype)
 
