@@ -102,6 +102,18 @@ def test_a_nan_fails_parity():
     assert row['met'] is False
 
 
+def test_parity_allows_twice_the_error_of_the_other_or_a_tolerance():
+    exact = torch.ones(3, dtype=torch.float64)
+    for mine, theirs, settings, met in (
+        (2.5e-6, 1.5e-6, {}, True),
+        (1.5e-6, 0.5e-6, {}, False),
+        (1.5e-6, 0.5e-6, dict(float32=2e-6), True),
+        (2.5e-6, 0.5e-6, dict(float32=2e-6), False),
+    ):
+        row = parity_row('x', (exact + mine).float(), (exact + theirs).float(), exact, **settings)
+        assert row['met'] is met
+
+
 def test_contenders_alternate():
     order = []
     times = paired_times({name: lambda name=name: order.append(name) for name in 'ab'}, 2, 'cpu')

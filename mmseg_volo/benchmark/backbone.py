@@ -29,6 +29,7 @@ OPERATOR = {'d1@512': (64, 64, 6), 'd4@1024': (128, 128, 12)}  # H, W and heads 
 ACTIVATIONS = ['d1@512', 'd4@512']
 INFERENCE_PEAK = 'd1@1024'
 PARITY = ['d1', 'd4'], (96, 128)
+STAGE_TOLERANCE = 2e-6  # of float32; products on AMD processors round more, see ops/products.py
 
 
 class BackboneBench:
@@ -88,7 +89,8 @@ class BackboneBench:
             exact = _model_results(self.models(arch, size)['timm'].double(), self, x.double())
             plain, ours = (_model_results(models[name], self, x) for name in ('timm', 'ours'))
             for what in [key for key in exact if key.startswith('stage')]:
-                rows.append(parity_row(f'{arch} {what}', ours[what], plain[what], exact[what]))
+                stage = (ours[what], plain[what], exact[what])
+                rows.append(parity_row(f'{arch} {what}', *stage, float32=STAGE_TOLERANCE))
             rows.append(gradients_row(arch, ours, plain, exact))
         return rows
 

@@ -6,6 +6,8 @@ import torch
 from prettytable import PrettyTable
 from torch import Tensor
 
+FLOAT32 = 1e-6  # tolerance of float32
+
 
 def error(found: Tensor, exact: Tensor) -> float:
     """Largest difference, relative to the largest exact value; infinite if ``found`` is not finite."""
@@ -14,9 +16,15 @@ def error(found: Tensor, exact: Tensor) -> float:
     return ((found.double() - exact.double()).abs().max() / exact.abs().max().clamp_min(1e-30)).item()
 
 
-def parity_row(what: str, ours: Tensor, theirs: Tensor, exact: Tensor, name: str = 'timm') -> dict:
-    """Parity allows at most twice the error of ``theirs``, or the tolerance of the dtype."""
-    return _parity_row(what, error(ours, exact), error(theirs, exact), ours.dtype, name)
+def parity_row(
+    what: str, ours: Tensor, theirs: Tensor, exact: Tensor, name: str = 'timm', float32: float = FLOAT32
+) -> dict:
+    """Parity allows at most twice the error of ``theirs``, or the tolerance of the dtype.
+
+    Args:
+        float32: that tolerance for float32.
+    """
+    return _parity_row(what, error(ours, exact), error(theirs, exact), ours.dtype, name, float32)
 
 
 def gradients_row(
@@ -31,8 +39,8 @@ def gradients_row(
     return _parity_row(f'{what} {worst}', errors[0][worst], max(errors[1].values()), ours[worst].dtype, name)
 
 
-def _parity_row(what: str, ours: float, theirs: float, dtype: torch.dtype, name: str) -> dict:
-    floor = 4e-3 if dtype == torch.bfloat16 else 1e-6
+def _parity_row(what: str, ours: float, theirs: float, dtype: torch.dtype, name: str, float32: float = FLOAT32) -> dict:
+    floor = 4e-3 if dtype == torch.bfloat16 else float32
     return {'what': what, 'ours': f'{ours:.1e}', name: f'{theirs:.1e}', 'met': ours <= max(2 * theirs, floor)}
 
 
