@@ -131,10 +131,8 @@ def test_permuted_classes_give_permuted_logits(tmp_path, settings):
     line = SegmentorWeights(path).load_into(target, [NAMES[i] for i in order])
     assert line == f'5 of 5 classes taken from {path}'
     for mine, theirs in zip(logits(target), logits(source), strict=True):
-        if settings in (AUXILIARY, ENCNET):
-            assert torch.equal(mine, theirs[:, order])
-        else:  # these sum over classes in another order
-            torch.testing.assert_close(mine, theirs[:, order], rtol=0, atol=1e-5)
+        # Some heads sum over classes in another order, and a convolution's last bits depend on a channel's place.
+        torch.testing.assert_close(mine, theirs[:, order], rtol=0, atol=1e-5)
     if settings is ENCNET:
         assert torch.equal(target.decode_head.se_layer.bias, source.decode_head.se_layer.bias[order])
 
