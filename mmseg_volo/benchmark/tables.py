@@ -36,10 +36,10 @@ def gradients_row(
     keys = [key for key, size in sizes.items() if size > 1e-9 * max(sizes.values())]
     errors = [{key: error(found[key], exact[key]) for key in keys} for found in (ours, theirs)]
     worst = max(errors[0], key=errors[0].__getitem__)
-    return _parity_row(f'{what} {worst}', errors[0][worst], max(errors[1].values()), ours[worst].dtype, name)
+    return _parity_row(f'{what} {worst}', errors[0][worst], max(errors[1].values()), ours[worst].dtype, name, FLOAT32)
 
 
-def _parity_row(what: str, ours: float, theirs: float, dtype: torch.dtype, name: str, float32: float = FLOAT32) -> dict:
+def _parity_row(what: str, ours: float, theirs: float, dtype: torch.dtype, name: str, float32: float) -> dict:
     floor = 4e-3 if dtype == torch.bfloat16 else float32
     return {'what': what, 'ours': f'{ours:.1e}', name: f'{theirs:.1e}', 'met': ours <= max(2 * theirs, floor)}
 
